@@ -1,0 +1,364 @@
+"""What a bundle must pass before it is served: four doors, in this order.
+
+1. structure     every BatchNormalization is frozen, no Dropout is live, weights come from inside the folder
+2. digest        each file is what the passport says
+3. golden        the golden samples, replayed on the session that will serve, within the passport's tolerance
+4. independence  a row's answer does not depend on the rows beside it
+
+Rule 1: an `Admitted` exists only if all doors were passed; nothing else is served.
+Rule 2: doors 3 and 4 run the very `Runtime` object that will answer requests.
+Rule 3: a refusal is a sentence with the figure measured and the figure allowed.
+
+`evalmode export` ends with the same doors, so what is written is what will be admitted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from service.bundle import Bundle, IndependenceFigure, ParityFigure, digest
+from service.errors import AdmissionRefused, first_line
+from service.graph.scan import BatchNorm, scan
+from service.runtime import OnnxRuntime, Placement, Runtime
+from service.signature import DATATYPES, Signature, TensorSpec
+
+MakeRuntime = Callable[[bytes], Runtime]
+
+UNIT_ROUNDOFF = 2.0**-24  # of float32: half the distance from 1 to the next number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """A bundle that passed all four doors, with the session that passed them."""
+
+    bundle: Bundle
+    runtime: Runtime
+    signature: Signature
+    batchnorms: tuple[BatchNorm, ...]
+    golden: tuple[ParityFigure, ...]
+    """For each output, the largest distance from PyTorch over the golden samples; empty without golden samples."""
+    golden_rows: int
+    independence: IndependenceFigure
+    run_s: float
+    """How long one row takes: the median of several runs, after warm-up."""
+    max_batch_rows: int
+    """The most rows that may run together; 1 where that would change a bit, or where rows differ in shape."""
+
+
+def admit(bundle: Bundle, placement: Placement, *, threads: int = 0, max_batch_rows: int = 64) -> Admitted:
+    """Lead a bundle through the four doors.
+
+    Args:
+        bundle: as read, not changed.
+        max_batch_rows: the largest batch that independence is tested at, and that may be served.
+
+    Raises:
+        AdmissionRefused: a door did not open; its sentence says which, what was measured and what was wanted.
+    """
+    return admit_with(bundle, lambda model: OnnxRuntime(model, placement, threads=threads), max_batch_rows)
+
+
+def admit_with(bundle: Bundle, make_runtime: MakeRuntime, max_batch_rows: int) -> Admitted:
+    """`admit` with any engine: the seam for tests."""
+    model = bundle.model
+    batchnorms = check_structure(model)
+    check_digest(bundle)
+    runtime = make_runtime(model.SerializeToString())
+    signature = check_signature(bundle, runtime)
+    golden_inputs = bundle.golden("input")
+    golden = check_golden(bundle, runtime, golden_inputs)
+    rows = golden_inputs or made_up_rows(runtime.inputs, count=8)
+    independence = check_independence(
+        runtime,
+        rows,
+        batch_sizes=batch_sizes(runtime.inputs, max_batch_rows),
+        bounds=_rounding_bounds(bundle, model, runtime, rows),
+    )
+    fixed = runtime.inputs[0].shape[0]
+    stackable = all(spec.shape[0] == -1 and -1 not in spec.shape[1:] for spec in runtime.inputs)
+    return Admitted(
+        bundle=bundle,
+        runtime=runtime,
+        signature=signature,
+        batchnorms=batchnorms,
+        golden=golden,
+        golden_rows=golden_inputs[0].shape[0] if golden_inputs else 0,
+        independence=independence,
+        run_s=_median_run_s(runtime, [array[: max(fixed, 1)] for array in rows]),
+        max_batch_rows=max_batch_rows if independence.kind == "exact" and stackable else 1,
+    )
+
+
+# Door 1
+
+
+def check_structure(model: onnx.ModelProto) -> tuple[BatchNorm, ...]:
+    """The BatchNormalization nodes of the model, all of them frozen.
+
+    Raises:
+        AdmissionRefused: it is not a valid model, or something in it makes answers depend on the batch or on chance.
+    """
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise AdmissionRefused("structure", f"model.onnx is not a valid ONNX model: {first_line(error)}") from error
+    found = scan(model)
+    if found.faults:
+        more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
+        raise AdmissionRefused(
+            "structure", f"{found.faults[0]}{more}; put the network in eval mode with .eval() and export it again"
+        )
+    return found.batchnorms
+
+
+# Door 2
+
+
+def check_digest(bundle: Bundle) -> None:
+    """Each file is what the passport says; a plain ONNX file has none and passes.
+
+    Raises:
+        AdmissionRefused: a file was changed after the bundle was written, or is not named by the passport.
+    """
+    if bundle.passport is None:
+        return
+    if unnamed := bundle.contents.keys() - bundle.passport.files.keys():
+        raise AdmissionRefused("digest", f"the passport has no digest of '{min(unnamed)}'; export the model again")
+    for path, said in bundle.passport.files.items():
+        found = digest(bundle.contents[path])
+        if found != said:
+            raise AdmissionRefused(
+                "digest",
+                f"'{path}' has {found.size_bytes} bytes and sha256 {found.sha256[:12]}…, the passport says "
+                f"{said.size_bytes} bytes and {said.sha256[:12]}…; copy the bundle again, whole",
+            )
+
+
+def check_signature(bundle: Bundle, runtime: Runtime) -> Signature:
+    """The passport's signature if it is the graph's, else the graph's own."""
+    graph = Signature(inputs=runtime.inputs, outputs=runtime.outputs)
+    if bundle.passport is None:
+        return graph
+    said = bundle.passport.signature
+    if (said.inputs, said.outputs) != (graph.inputs, graph.outputs):
+        raise AdmissionRefused(
+            "structure",
+            f"the passport says {_edge(said)}, but the graph has {_edge(graph)}; export the model again",
+        )
+    return said
+
+
+def _edge(signature: Signature) -> str:
+    inputs, outputs = (
+        ", ".join(f"{spec.name}: {spec.datatype}{list(spec.shape)}" for spec in specs)
+        for specs in (signature.inputs, signature.outputs)
+    )
+    return f"({inputs}) -> ({outputs})"
+
+
+# Door 3
+
+
+def check_golden(bundle: Bundle, runtime: Runtime, golden_inputs: Sequence[NDArray[Any]]) -> tuple[ParityFigure, ...]:
+    """For each output, the largest distance from the golden outputs; empty without golden samples.
+
+    Raises:
+        AdmissionRefused: golden samples are promised and missing, or an output is farther off than the tolerance.
+    """
+    if bundle.passport is None or bundle.passport.golden is None:
+        return ()
+    said = bundle.passport.golden
+    wanted = bundle.golden("output")
+    if len(golden_inputs) != len(runtime.inputs) or len(wanted) != len(runtime.outputs):
+        raise AdmissionRefused("golden", "the passport promises golden samples, but not each input and output has them")
+    got = _run(runtime, golden_inputs, "golden")
+    figures = []
+    for spec, want, have in zip(runtime.outputs, wanted, got, strict=True):
+        tolerance = said.tolerances.get(spec.name)
+        if tolerance is None:
+            raise AdmissionRefused("golden", f"the passport has no tolerance for output '{spec.name}'")
+        if have.shape != want.shape:
+            raise AdmissionRefused("golden", f"output '{spec.name}' has shape {have.shape}; PyTorch gave {want.shape}")
+        difference = largest_difference(have, want)
+        if not difference <= tolerance.absolute:
+            raise AdmissionRefused(
+                "golden",
+                f"output '{spec.name}' is {difference:.3g} away from what PyTorch gave in eval mode; "
+                f"float error explains at most {tolerance.absolute:.3g}",
+            )
+        figures.append(ParityFigure(name=spec.name, difference=difference, bound=tolerance.absolute))
+    return tuple(figures)
+
+
+# Door 4
+
+
+def batch_sizes(inputs: Sequence[TensorSpec], max_batch_rows: int) -> tuple[int, ...]:
+    """The sizes to try independence at: alone, 2, 3, 7 and the maximum; or the one size that the graph allows."""
+    fixed = inputs[0].shape[0] if inputs and inputs[0].shape else -1
+    if fixed != -1:
+        return (fixed,)
+    return tuple(sorted({size for size in (1, 2, 3, 7) if size < max_batch_rows} | {max_batch_rows}))
+
+
+def check_independence(
+    runtime: Runtime, rows: Sequence[NDArray[Any]], *, batch_sizes: Sequence[int], bounds: Sequence[float]
+) -> IndependenceFigure:
+    """Show that a row's answer does not depend on the rows beside it.
+
+    At every size a row is put first, in the middle and last, beside two different sets of neighbours. Changing the
+    neighbours' contents must change no bit. Another size or position may change rounding, at most by `bounds`.
+
+    Args:
+        rows: one array per input, with the same number of rows; not changed.
+        bounds: for each output, the largest difference that rounding explains.
+
+    Raises:
+        AdmissionRefused: the model is random, has an output without batch axis, or depends on its batch.
+    """
+    count = rows[0].shape[0]
+    alone: list[NDArray[Any]] | None = None
+    worst = [0.0] * len(runtime.outputs)
+    for size in batch_sizes:
+        for position in sorted({0, size // 2, size - 1}):
+            first, again, beside_others = (
+                _answer(runtime, rows, subject=0, size=size, position=position, shift=shift)
+                for shift in (1, 1, 1 + count // 2)
+            )
+            for spec, one, two, other in zip(runtime.outputs, first, again, beside_others, strict=True):
+                if not _same_bits(one, two):
+                    raise AdmissionRefused(
+                        "independence", f"output '{spec.name}' is random: equal runs gave two answers"
+                    )
+                if not _same_bits(one, other):
+                    raise AdmissionRefused(
+                        "independence",
+                        f"output '{spec.name}' of a row changed by {largest_difference(one, other):.3g} when only its "
+                        f"neighbours in a batch of {size} changed; the network mixes the rows of a batch",
+                    )
+            alone = alone or first
+            for i, (spec, one, reference) in enumerate(zip(runtime.outputs, first, alone, strict=True)):
+                worst[i] = max(worst[i], difference := largest_difference(one, reference))
+                if not difference <= bounds[i]:
+                    raise AdmissionRefused(
+                        "independence",
+                        f"output '{spec.name}' of a row is {difference:.3g} different in a batch of {size} than in one "
+                        f"of {batch_sizes[0]}; rounding explains at most {bounds[i]:.3g}",
+                    )
+    bound = max(worst, default=0.0)
+    return IndependenceFigure(kind="bounded" if bound else "exact", bound=bound, batch_sizes=tuple(batch_sizes))
+
+
+def _answer(
+    runtime: Runtime, rows: Sequence[NDArray[Any]], *, subject: int, size: int, position: int, shift: int
+) -> list[NDArray[Any]]:
+    """The outputs of row `subject` at `position` in a batch of `size`; `shift` chooses the neighbours."""
+    count = rows[0].shape[0]
+    order = [(subject + shift + i) % count for i in range(size)]
+    order[position] = subject
+    outputs = _run(runtime, [array[order] for array in rows], "independence")
+    for spec, output in zip(runtime.outputs, outputs, strict=True):
+        if output.ndim == 0 or output.shape[0] != size:
+            raise AdmissionRefused(
+                "independence", f"output '{spec.name}' has shape {output.shape} for {size} rows: it has no batch axis"
+            )
+    return [output[position] for output in outputs]
+
+
+def made_up_rows(inputs: Sequence[TensorSpec], *, count: int) -> list[NDArray[Any]]:
+    """Rows for a model that came without samples: seeded noise for numbers, small non-negative integers for indices.
+
+    An axis of any length is 4 long. Large contrasts between rows make a neighbour's influence visible.
+    """
+    generator = np.random.default_rng(20260101)
+    arrays: list[NDArray[Any]] = []
+    for spec in inputs:
+        fixed = spec.shape[0] if spec.shape else -1
+        shape = (max(count, fixed), *(4 if axis == -1 else axis for axis in spec.shape[1:]))
+        dtype = DATATYPES[spec.datatype]
+        if dtype.kind == "f":
+            scales = np.geomspace(0.25, 4.0, shape[0]).reshape(-1, *([1] * (len(shape) - 1)))
+            arrays.append((generator.standard_normal(shape) * scales).astype(dtype))
+        elif dtype.kind == "O":
+            arrays.append(np.full(shape, "a", dtype=np.object_))
+        else:
+            arrays.append(generator.integers(0, 2, size=shape).astype(dtype))
+    return arrays
+
+
+def _rounding_bounds(
+    bundle: Bundle, model: onnx.ModelProto, runtime: Runtime, rows: Sequence[NDArray[Any]]
+) -> list[float]:
+    """How far another order of summation may move each output.
+
+    From the passport: twice its tolerance, for two answers that each lie within it of the true one. Without one: n u
+    times the largest output (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1), where n adds up
+    the lengths of all the sums of the graph. That leaves out its condition: it may refuse wrongly, but hardly admit.
+    """
+    golden = bundle.passport.golden if bundle.passport else None
+    if golden is not None:
+        return [2 * golden.tolerances[spec.name].absolute for spec in runtime.outputs]
+    lengths = summation_length(model)
+    outputs = _run(runtime, rows, "independence")
+    return [lengths * UNIT_ROUNDOFF * _largest(output) for output in outputs]
+
+
+def summation_length(model: onnx.ModelProto) -> int:
+    """The lengths of the sums in MatMul, Gemm, Conv and ConvTranspose, added up; any other node counts 8 roundings."""
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    total = 0
+    for node in model.graph.node:
+        shape = sizes.get(node.input[1], ()) if len(node.input) > 1 else ()
+        match node.op_type:
+            case "Conv" if shape:
+                total += int(np.prod(shape[1:]))
+            case "MatMul" | "Gemm" | "ConvTranspose" if shape:
+                total += max(shape)
+            case _:
+                total += 8
+    return total
+
+
+def largest_difference(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """The largest absolute difference of two arrays of equal shape; infinite where only one of them is not finite."""
+    if one.dtype.kind not in "fc":
+        return 0.0 if np.array_equal(one, other) else float("inf")
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore"):
+        difference = np.where(same, 0.0, np.abs(a - b))
+    return float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0))
+
+
+def _largest(output: NDArray[Any]) -> float:
+    return float(np.abs(output.astype(np.float64)).max(initial=0.0)) if output.dtype.kind == "f" else 0.0
+
+
+def _same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    if one.dtype == np.object_:
+        return bool(np.array_equal(one, other))
+    return one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+def _run(runtime: Runtime, tensors: Sequence[NDArray[Any]], door: str) -> list[NDArray[Any]]:
+    try:
+        return runtime.run(tensors)
+    except Exception as error:  # onnxruntime raises a class of its own for each status
+        rows = tensors[0].shape[0] if tensors else 0
+        raise AdmissionRefused(door, f"the model failed on a batch of {rows}: {first_line(error)}") from error
+
+
+def _median_run_s(runtime: Runtime, row: Sequence[NDArray[Any]]) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        _run(runtime, row, "independence")
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))

@@ -1,0 +1,133 @@
+"""Builds the application: FastAPI for documentation, health and metadata, the predictions in front of it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from service import openapi
+from service.errors import Internal, MethodNotAllowed, NotFound, NotReady, RequestError
+from service.prediction import Predictions
+from service.protocol import v2
+from service.protocol.json import error_body
+from service.repository import Repository
+from service.settings import Settings
+
+PAGE_FOLDER = Path(__file__).parent / "page"
+DESCRIPTION = "Serves networks with BatchNorm exactly as they were evaluated: running statistics, never the batch's."
+
+
+def create_app(repository: Repository, settings: Settings) -> Predictions:
+    """The ASGI application that serves these models."""
+    return Predictions(repository, body_limit_bytes=settings.body_limit_bytes, rest=_fastapi(repository))
+
+
+def _fastapi(repository: Repository) -> FastAPI:
+    app = FastAPI(title="evalmode", version=version("evalmode"), description=DESCRIPTION, docs_url=None, redoc_url=None)
+    _add_documentation(app, repository)
+    _add_health(app, repository)
+    _add_metadata(app, repository)
+    app.add_exception_handler(RequestError, _own_error)
+    app.add_exception_handler(HTTPException, _framework_error)
+    app.add_exception_handler(Exception, _unforeseen_error)
+    return app
+
+
+def _add_documentation(app: FastAPI, repository: Repository) -> None:
+    app.mount("/docs/assets", StaticFiles(directory=PAGE_FOLDER / "swagger-ui"), name="swagger-ui")
+
+    @app.get("/docs", include_in_schema=False)
+    def documentation() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="evalmode",
+            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="/docs/assets/swagger-ui.css",
+            swagger_favicon_url="/docs/assets/favicon-32x32.png",
+            swagger_ui_parameters={"tryItOutEnabled": True, "defaultModelsExpandDepth": 0},
+        )
+
+    @app.get("/", include_in_schema=False)
+    def front() -> RedirectResponse:
+        return RedirectResponse("/docs")
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            own = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            app.openapi_schema = openapi.with_models(own, repository.models)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]  # the way FastAPI documents for extending it
+
+
+def _add_health(app: FastAPI, repository: Repository) -> None:
+    tags: list[str | Enum] = ["Health"]
+
+    @app.get("/v2/health/live", tags=tags, summary="The process answers")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready", tags=tags, summary="A model is ready", responses=_responses(NotReady))
+    async def ready() -> dict[str, bool]:
+        if not repository.ready:
+            raise NotReady("no model is ready")
+        return {"ready": True}
+
+    @app.get("/v2/models/{model}/ready", tags=tags, responses=_responses(NotFound, NotReady))
+    @app.get("/v2/models/{model}/versions/{version}/ready", tags=tags, responses=_responses(NotFound, NotReady))
+    async def model_ready(model: str, version: str | None = None) -> dict[str, str | bool]:
+        return {"name": repository.live(model, version).name, "ready": True}
+
+
+def _add_metadata(app: FastAPI, repository: Repository) -> None:
+    tags: list[str | Enum] = ["Open Inference Protocol"]
+
+    @app.get("/v2", tags=tags, summary="This server")
+    async def server() -> dict[str, str | list[str]]:
+        return {"name": "evalmode", "version": app.version, "extensions": list(v2.EXTENSIONS)}
+
+    @app.get("/v2/models/{model}", tags=tags, responses=_responses(NotFound, NotReady))
+    @app.get("/v2/models/{model}/versions/{version}", tags=tags, responses=_responses(NotFound, NotReady))
+    async def model_metadata(model: str, version: str | None = None) -> dict[str, object]:
+        return v2.metadata(repository.live(model, version))
+
+    @app.post("/v2/repository/index", tags=tags, summary="Every version looked at, and what became of it")
+    async def index() -> list[dict[str, str]]:
+        return [
+            {"name": entry.name, "version": entry.version, "state": entry.state, "reason": entry.reason}
+            for entry in repository.entries
+        ]
+
+
+def _responses(*errors: type[RequestError]) -> dict[int | str, dict[str, Any]]:
+    return {error.status: openapi.ERROR_RESPONSES[str(error.status)] for error in errors}
+
+
+async def _own_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return _answer(error)
+
+
+async def _framework_error(request: Request, error: Exception) -> Response:
+    """What routing refuses, in the words of this service."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == MethodNotAllowed.status:
+        return _answer(MethodNotAllowed(f"{request.url.path} does not take {request.method}"), error.headers)
+    return _answer(NotFound(f"there is nothing at {request.url.path}; GET /docs lists what there is"), error.headers)
+
+
+async def _unforeseen_error(_: Request, error: Exception) -> Response:
+    return _answer(Internal())  # Starlette raises `error` again afterwards, so the server logs its traceback
+
+
+def _answer(error: RequestError, headers: Any = None) -> Response:
+    return Response(error_body(error), status_code=error.status, headers=headers, media_type="application/json")

@@ -1,0 +1,282 @@
+"""A bundle: the folder `models/NAME/VERSION/` with `model.onnx`, its passport `model.json`, and golden samples.
+
+Rule 1: `read` looks at every file once; what is digested and what is loaded are the same bytes.
+Rule 2: `write` makes a folder appear whole or not at all, and never overwrites a version.
+Rule 3: nothing here judges; the doors in `service.admission` do.
+
+The folder is also a version folder of a Triton repository, and `test_data_set_0` is ONNX's own layout for test data
+(`input_0.pb`, `output_0.pb`: TensorProto files in the order of the graph's inputs and outputs).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from service.errors import AdmissionRefused, WrongCall
+from service.files import whole_folder
+from service.graph import external
+from service.signature import Signature
+
+MODEL_FILE = "model.onnx"
+PASSPORT_FILE = "model.json"
+GOLDEN_FOLDER = "test_data_set_0"
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""Names and versions: what is safe as a folder and in a URL. No leading dot: those are folders being written."""
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileDigest(_Value):
+    sha256: str
+    size_bytes: int
+
+
+class Extent(_Value):
+    """The smallest and largest entry of a per-channel vector."""
+
+    smallest: float
+    largest: float
+
+
+class LayerSummary(_Value):
+    """One BatchNorm layer as it was frozen."""
+
+    layer: str
+    """The module's path in the PyTorch network, e.g. `blocks.0.norm`."""
+    channels: int
+    eps: float
+    momentum: float | None
+    """PyTorch's convention: the weight of the new batch; None is the cumulative average."""
+    num_batches_tracked: int | None
+    affine: bool
+    running_mean: Extent
+    running_var: Extent
+    initial_weight: float | None
+    """The share of the running statistics still held by their initial values: (1 - momentum)^num_batches_tracked."""
+
+
+class Tolerance(_Value):
+    """How far an output may lie from PyTorch's in eval mode, from the float error analysis of this network."""
+
+    absolute: float
+
+
+class GoldenSummary(_Value):
+    """What the golden samples are and how near the replay must come."""
+
+    rows: int
+    source: str
+    tolerances: dict[str, Tolerance]
+    """One for each output by name."""
+
+
+class ParityFigure(_Value):
+    """The largest difference between two ways to compute the same outputs, and how large it may be."""
+
+    name: str
+    difference: float
+    bound: float
+    unit: str = "absolute"
+
+
+class IndependenceFigure(_Value):
+    """Whether a row's answer depends on the rows beside it.
+
+    `exact`: not in any bit, at any batch size tried. `bounded`: not on their contents, and on how many there are by
+    rounding only, at most `bound`.
+    """
+
+    kind: Literal["exact", "bounded"]
+    bound: float
+    batch_sizes: tuple[int, ...]
+
+
+class Passport(_Value):
+    """`model.json`: everything about the model that the graph cannot say."""
+
+    format: Literal["evalmode/1"] = "evalmode/1"
+    name: str
+    version: str
+    signature: Signature
+    files: dict[str, FileDigest]
+    """Every other file of the bundle that the service reads, by its path inside the folder."""
+    batchnorm: tuple[LayerSummary, ...]
+    golden: GoldenSummary | None
+    parity: tuple[ParityFigure, ...] = ()
+    independence: IndependenceFigure | None = None
+    provenance: dict[str, JsonValue] = Field(default_factory=dict)
+    card: str | None = None
+    """What the model is for, what was left out and why: for people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A bundle as read, not yet judged."""
+
+    name: str
+    version: str
+    folder: Path
+    contents: Mapping[str, bytes]
+    """The bytes of `model.onnx`, of the files with its weights and of those the passport names, by path inside."""
+    passport: Passport | None
+    """None for a plain ONNX file: admission then knows less."""
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The model as parsed from `model.onnx`, with all weights inside; made anew at each call.
+
+        Raises:
+            AdmissionRefused: the bytes are not a model, or a file with weights is cut short.
+        """
+        model = _parsed(self.contents[MODEL_FILE])
+        try:
+            return external.brought_inside(model, self.contents) if external.locations(model) else model
+        except ValueError as error:
+            raise AdmissionRefused("structure", str(error)) from error
+
+    def golden(self, part: Literal["input", "output"]) -> list[NDArray[Any]]:
+        """The golden inputs or outputs, in the graph's order, each with a batch axis. Empty when there are none."""
+        arrays: list[NDArray[Any]] = []
+        while (content := self.contents.get(f"{GOLDEN_FOLDER}/{part}_{len(arrays)}.pb")) is not None:
+            arrays.append(numpy_helper.to_array(onnx.TensorProto.FromString(content)))
+        return arrays
+
+
+def digest(content: bytes) -> FileDigest:
+    return FileDigest(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+
+
+def version_order(version: str) -> tuple[int, int, str]:
+    """A sort key: integers numerically, and above any other string, which sort as text."""
+    return (1, int(version), "") if version.isdecimal() else (0, 0, version)
+
+
+def versions_in(model_folder: Path) -> list[str]:
+    """The version folders under `models/NAME`, oldest first. Folders that are being written start with a dot."""
+    return sorted(
+        (
+            entry.name
+            for entry in model_folder.iterdir()
+            if NAME_PATTERN.fullmatch(entry.name) and (entry / MODEL_FILE).is_file()
+        ),
+        key=version_order,
+    )
+
+
+def next_version(model_folder: Path) -> str:
+    """The integer after the highest one that is there."""
+    taken = versions_in(model_folder) if model_folder.is_dir() else []
+    return str(max((int(version) for version in taken if version.isdecimal()), default=0) + 1)
+
+
+def read(folder: Path, *, name: str, version: str) -> Bundle:
+    """Read a bundle's files.
+
+    Raises:
+        AdmissionRefused: `model.onnx` or a file named by the passport is not readable, or the passport is not valid.
+    """
+    contents = {MODEL_FILE: _read(folder, MODEL_FILE)}
+    _read_weights(folder, contents)
+    if not (folder / PASSPORT_FILE).is_file():
+        return Bundle(name=name, version=version, folder=folder, contents=contents, passport=None)
+    try:
+        passport = Passport.model_validate_json(_read(folder, PASSPORT_FILE))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise AdmissionRefused("digest", f"{PASSPORT_FILE} is not a passport: {where}: {first['msg']}") from error
+    for path in passport.files:
+        if path not in contents:
+            contents[path] = _read(folder, path)
+    return Bundle(name=name, version=version, folder=folder, contents=contents, passport=passport)
+
+
+def read_plain(file: Path) -> Bundle:
+    """A plain ONNX file as a bundle without a passport, version 1, named after the file."""
+    contents = {MODEL_FILE: _read(file.parent, file.name)}
+    _read_weights(file.parent, contents)
+    return Bundle(name=plain_name(file), version="1", folder=file.parent, contents=contents, passport=None)
+
+
+def plain_name(file: Path) -> str:
+    """The name under which a plain ONNX file is served: its stem, in the characters that a name may have."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", file.stem).lstrip(".-") or "model"
+
+
+def _read_weights(folder: Path, contents: dict[str, bytes]) -> None:
+    for path in external.locations(_parsed(contents[MODEL_FILE])):
+        contents[path] = _read(folder, path)
+
+
+def _parsed(content: bytes) -> onnx.ModelProto:
+    try:
+        return onnx.load_model_from_string(content)
+    except DecodeError as error:
+        raise AdmissionRefused("structure", f"{MODEL_FILE} is not an ONNX model: its bytes cannot be parsed") from error
+
+
+def _read(folder: Path, path: str) -> bytes:
+    if not (folder / path).resolve().is_relative_to(folder.resolve()):
+        raise AdmissionRefused("structure", f"'{path}' lies outside the bundle's folder")
+    try:
+        return (folder / path).read_bytes()
+    except OSError as error:
+        raise AdmissionRefused("digest", f"'{path}' cannot be read: {error.strerror}") from error
+
+
+def golden_files(inputs: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]) -> dict[str, bytes]:
+    """Golden samples as files, by path inside the bundle.
+
+    Args:
+        inputs, outputs: one array per input and output of the graph, in its order, each with the same batch axis.
+    """
+    return {
+        f"{GOLDEN_FOLDER}/{part}_{i}.pb": numpy_helper.from_array(np.ascontiguousarray(array)).SerializeToString()
+        for part, arrays in (("input", inputs), ("output", outputs))
+        for i, array in enumerate(arrays)
+    }
+
+
+def write(folder: Path, *, passport: Passport, contents: Mapping[str, bytes]) -> None:
+    """Write a bundle whole.
+
+    Args:
+        folder: `models/NAME/VERSION`, which must not be there yet.
+        contents: every file but the passport, by path inside the folder; the passport holds their digests.
+
+    Raises:
+        FileExistsError: the version is already there.
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    with whole_folder(folder) as beside:
+        for path, content in contents.items():
+            (beside / path).parent.mkdir(parents=True, exist_ok=True)
+            (beside / path).write_bytes(content)
+        (beside / PASSPORT_FILE).write_text(passport.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def checked_name(name: str) -> str:
+    """`name` if it is one a model may have.
+
+    Raises:
+        WrongCall: it is not.
+    """
+    if not NAME_PATTERN.fullmatch(name):
+        raise WrongCall(
+            f"'{name}' cannot be a model's name; use letters, digits, '_', '-' and '.', not starting with '.' or '-'"
+        )
+    return name

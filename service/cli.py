@@ -1,0 +1,128 @@
+"""The command `evalmode`: `serve` and `predict` here, the training verbs from the entry points `evalmode.verbs`.
+
+Exit codes: 0 done, 1 the answer is no, 2 the call was wrong. Errors are sentences.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import cyclopts
+from cyclopts import App, Parameter
+from pydantic import ValidationError
+
+from service.errors import EvalmodeError, Refused, WrongCall
+from service.settings import Settings
+
+VERBS_GROUP = "evalmode.verbs"
+HELP = """Serve a network with BatchNorm exactly as it was evaluated.
+
+    evalmode train data.csv --target COLUMN     a table becomes a checkpoint
+    evalmode export CHECKPOINT --name NAME      a checkpoint becomes a bundle, through every check
+    evalmode serve models                       bundles become predictions over HTTP
+"""
+
+app = App(name="evalmode", help=HELP, version=lambda: version("evalmode"), help_format="plaintext")
+for _verb in entry_points(group=VERBS_GROUP):
+    app.command(_verb.value, name=_verb.name)  # imported when it is called
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (WrongCall, cyclopts.CycloptsError) as error:
+        return _say(2, str(error))
+    except ValidationError as error:
+        return _say(2, _sentence(error))
+    except Refused as error:
+        return _say(1, str(error))
+    except EvalmodeError as error:
+        return _say(1, str(error))
+    except KeyboardInterrupt:
+        return _say(130, "interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
+    return 0
+
+
+def _say(code: int, sentence: str) -> int:
+    print(f"evalmode: {sentence}", file=sys.stderr)
+    return code
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing pydantic found wrong, named as the flag and the variable it can come from."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    flag = f"--{field.replace('_', '-')} (EVALMODE_{field.upper()})"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{flag} is {first['input']!r}; {message}"
+
+
+@app.command
+def serve(path: Path | None = None, /, *, settings: Annotated[Settings | None, Parameter(name="*")] = None) -> None:
+    """Serve a model repository, a bundle or an ONNX file over HTTP.
+
+    Every model is led through admission first: structure, digest, golden samples, independence. A version that is
+    refused is never served; the newest one that passes is. Every flag is also an environment variable: --port is
+    EVALMODE_PORT.
+
+    Examples:
+
+        evalmode serve                              what is in ./models
+        evalmode serve models/credit/1 --port 0     one bundle, on a free port
+        evalmode serve model.onnx --device cpu      any ONNX file
+
+    Parameters
+    ----------
+    path
+        A repository (NAME/VERSION/model.onnx), a bundle, or an ONNX file. Default: EVALMODE_MODELS, or 'models'.
+    """
+    from service import server  # each verb imports what it needs
+
+    settings = settings or Settings()
+    server.serve(path or settings.models, settings)
+
+
+@app.command
+def predict(model: Path, sample: Path, /, *, settings: Annotated[Settings | None, Parameter(name="*")] = None) -> None:
+    """One prediction in this process: the answer that the service gives, through the same admission.
+
+    Example:
+
+        evalmode predict models/credit sample.json
+
+    Parameters
+    ----------
+    model
+        A repository with one model, a model's folder, a bundle or an ONNX file.
+    sample
+        A file with one JSON object of named features; '-' reads standard input.
+    """
+    from service.protocol.predict import parse
+    from service.repository import find, load
+    from service.runtime import place
+
+    settings = settings or Settings()
+    try:
+        body = sys.stdin.buffer.read() if str(sample) == "-" else sample.read_bytes()
+    except OSError as error:
+        raise WrongCall(f"'{sample}' cannot be read: {error.strerror}") from error
+    repository = load(find(model), place(settings.device), settings)
+    if not repository.ready:
+        raise Refused("; ".join(f"{entry.name}/{entry.version} was {entry.reason}" for entry in repository.entries))
+    live = repository.only()
+    request = parse(live, body)
+    answer = request.answer(live.admitted.runtime.run(request.accepted.tensors))
+    print(json.dumps(answer, ensure_ascii=False, indent=2))

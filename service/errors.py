@@ -1,0 +1,298 @@
+"""Everything that can be refused, with its status and code.
+
+The sentence names what, got, wanted, and what to do. A test compares this drawing with the classes and the README.
+
+    EvalmodeError
+    ├── WrongCall                                     the command line was wrong (exit code 2)
+    ├── Refused                                       the answer is no (exit code 1)
+    │   ├── AdmissionRefused                          a bundle did not pass a door
+    │   └── DeviceUnavailable                         --device cuda without a usable GPU
+    └── RequestError
+        ├── BadRequest               400 bad_request
+        │   ├── MalformedJson        400 malformed_json
+        │   ├── WrongType            400 wrong_type
+        │   ├── OutOfRange           400 out_of_range
+        │   ├── MissingFeature       400 missing_feature
+        │   ├── UnknownFeature       400 unknown_feature
+        │   ├── MissingTensor        400 missing_tensor
+        │   ├── UnknownTensor        400 unknown_tensor
+        │   ├── DatatypeMismatch     400 datatype_mismatch
+        │   ├── ShapeMismatch        400 shape_mismatch
+        │   ├── RowsRejected         400 rows_rejected
+        │   ├── NotFinite            400 not_finite
+        │   └── SeveralFaults        400 several_faults
+        ├── NotFound                 404 not_found
+        │   ├── UnknownModel         404 unknown_model
+        │   └── UnknownVersion       404 unknown_version
+        ├── MethodNotAllowed         405 method_not_allowed
+        ├── BodyTooLarge             413 body_too_large
+        ├── UnsupportedMediaType     415 unsupported_media_type
+        ├── NotReady                 503 not_ready
+        └── Internal                 500 internal
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+
+class EvalmodeError(Exception):
+    """The root: its text is a sentence for a person, never a traceback."""
+
+
+class WrongCall(EvalmodeError):
+    """The command line, a setting or an argument cannot be meant."""
+
+
+class Refused(EvalmodeError):
+    """The question was understood and the answer is no."""
+
+
+class AdmissionRefused(Refused):
+    """A bundle did not pass one of the four doors; `door` says which."""
+
+    def __init__(self, door: str, reason: str) -> None:
+        super().__init__(f"refused at the {door} door: {reason}")
+        self.door = door
+        self.reason = reason
+
+
+class DeviceUnavailable(Refused):
+    """The device asked for cannot run models here."""
+
+
+class RequestError(EvalmodeError):
+    """A request that gets an answer other than 200."""
+
+    status: ClassVar[int]
+    code: ClassVar[str]
+
+
+class BadRequest(RequestError):
+    """The request is malformed or does not fit."""
+
+    status = 400
+    code = "bad_request"
+
+
+class MalformedJson(BadRequest):
+    """The body is not JSON."""
+
+    code = "malformed_json"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the body is not valid JSON: {reason}")
+
+
+class WrongType(BadRequest):
+    """A value has another JSON type than the model takes there."""
+
+    code = "wrong_type"
+
+    def __init__(self, *, what: str, got: object, want: str) -> None:
+        super().__init__(f"{what} is {describe(got)}; it takes {want}")
+
+
+class OutOfRange(BadRequest):
+    """A number that the tensor's datatype cannot hold."""
+
+    code = "out_of_range"
+
+    def __init__(self, *, what: str, got: object, want: str) -> None:
+        super().__init__(f"{what} is {got}, which is out of range; it takes {want}")
+
+
+class MissingFeature(BadRequest):
+    """A named feature that the model needs is not in the sample."""
+
+    code = "missing_feature"
+
+    def __init__(self, *, feature: str, want: str) -> None:
+        super().__init__(f"feature '{feature}' is missing; it takes {want}")
+
+
+class UnknownFeature(BadRequest):
+    """The sample names a feature the model does not have."""
+
+    code = "unknown_feature"
+
+    def __init__(self, *, feature: str, similar: str | None, features: Sequence[str]) -> None:
+        hint = f"did you mean '{similar}'?" if similar else f"it takes {listing(features)}"
+        super().__init__(f"the model has no feature '{clipped(feature)}'; {hint}")
+
+
+class MissingTensor(BadRequest):
+    """An input tensor of the graph is not in the request."""
+
+    code = "missing_tensor"
+
+    def __init__(self, *, tensor: str) -> None:
+        super().__init__(f"input '{tensor}' is missing; send it with name, shape, datatype and data")
+
+
+class UnknownTensor(BadRequest):
+    """The request names an input or output the graph does not have."""
+
+    code = "unknown_tensor"
+
+    def __init__(self, *, kind: str, tensor: str, tensors: Iterable[str]) -> None:
+        super().__init__(f"the model has no {kind} '{clipped(tensor)}'; it has {listing(tensors)}")
+
+
+class DatatypeMismatch(BadRequest):
+    """The tensor is well formed, but its datatype is not the model's."""
+
+    code = "datatype_mismatch"
+
+    def __init__(self, *, tensor: str, got: object, want: str) -> None:
+        super().__init__(f"input '{tensor}' has datatype {clipped(str(got))}; the model takes {want}")
+
+
+class ShapeMismatch(BadRequest):
+    """The tensor is well formed, but not for this model, or its data do not fill its shape."""
+
+    code = "shape_mismatch"
+
+    def __init__(self, *, tensor: str, got: str, want: str) -> None:
+        super().__init__(f"input '{tensor}' has {got}; the model takes {want}")
+
+
+class RowsRejected(BadRequest):
+    """The tensors fit the signature, but the graph cannot compute with their values."""
+
+    code = "rows_rejected"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the model cannot take these values: {clipped(reason, 300)}")
+
+
+class NotFinite(BadRequest):
+    """The network overflowed: its answer to this sample is not a number."""
+
+    code = "not_finite"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's answer is not a finite number; a value in the sample is too large for the network"
+        )
+
+
+class SeveralFaults(BadRequest):
+    """More than one thing is wrong with a sample: all of them in one answer."""
+
+    code = "several_faults"
+
+    def __init__(self, faults: Sequence[RequestError]) -> None:
+        shown = "; ".join(f"({i}) {fault}" for i, fault in enumerate(faults[:10], start=1))
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        super().__init__(f"the sample does not fit in {len(faults)} places: {shown}{more}")
+
+
+class NotFound(RequestError):
+    """There is no such route."""
+
+    status = 404
+    code = "not_found"
+
+
+class UnknownModel(NotFound):
+    """No model of this name is served."""
+
+    code = "unknown_model"
+
+    def __init__(self, *, model: str, models: Sequence[str]) -> None:
+        super().__init__(f"no model '{clipped(model)}' is served here; served: {listing(models) or 'none'}")
+
+
+class UnknownVersion(NotFound):
+    """The model is served, but not in this version."""
+
+    code = "unknown_version"
+
+    def __init__(self, *, model: str, version: str, serving: str) -> None:
+        super().__init__(f"model '{model}' has no live version '{clipped(version)}'; version '{serving}' is served")
+
+
+class MethodNotAllowed(RequestError):
+    """The route exists, for another method."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class BodyTooLarge(RequestError):
+    """The body is larger than the limit; it is not read to its end."""
+
+    status = 413
+    code = "body_too_large"
+
+    def __init__(self, *, limit_bytes: int) -> None:
+        super().__init__(
+            f"the body is larger than {limit_bytes} bytes; send a smaller one, or raise EVALMODE_BODY_LIMIT_BYTES"
+        )
+
+
+class UnsupportedMediaType(RequestError):
+    """The body is declared as something other than JSON."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+    def __init__(self, got: str) -> None:
+        shown = f"'{clipped(got)}'" if got else "missing"
+        super().__init__(f"the content type is {shown}; this route takes 'application/json'")
+
+
+class NotReady(RequestError):
+    """The model is known, but nothing of it passed admission."""
+
+    status = 503
+    code = "not_ready"
+
+
+class Internal(RequestError):
+    """Ours, not the client's; the traceback is in the log beside the request id."""
+
+    status = 500
+    code = "internal"
+
+    def __init__(self) -> None:
+        super().__init__("the server failed; the log has the reason under this request id")
+
+
+def describe(value: object) -> str:
+    """A JSON value in words, short enough for a sentence: `the string 'abc'`, `null`, `an object`."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return f"the boolean {str(value).lower()}"
+        case int() | float():
+            return f"the number {clipped(str(value))}"
+        case str():
+            return f"the string '{clipped(value)}'"
+        case list():
+            return f"a list of {len(value)}"
+        case dict():
+            return f"an object of {len(value)}"
+        case _:
+            return f"a {type(value).__name__}"
+
+
+def clipped(text: str, length: int = 80) -> str:
+    """At most `length` characters of what a client sent, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def listing(names: Iterable[str], most: int = 30) -> str:
+    """`'a', 'b', 'c'`, cut after `most` names."""
+    names = list(names)
+    shown = ", ".join(f"'{name}'" for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library raised: the part of it that fits a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

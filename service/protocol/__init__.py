@@ -1,0 +1,1 @@
+"""One file per wire: bytes to `Accepted`, outputs to bytes."""

@@ -1,0 +1,199 @@
+"""The seam to the engine that computes: `Runtime`, and onnxruntime behind it.
+
+The only file that imports onnxruntime. What is loaded here is loaded as it will serve: the same execution provider, the
+same optimised graph, the same threads; admission tests exactly this object.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, final
+
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from service.errors import AdmissionRefused, DeviceUnavailable, RowsRejected, first_line
+from service.settings import Device
+from service.signature import Datatype, TensorSpec
+
+# Official builds of onnxruntime from 1.29 on report usage by default (its docs/Privacy.md); said before the import.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+CPU_PROVIDER = "CPUExecutionProvider"
+CUDA_PROVIDER = "CUDAExecutionProvider"
+
+_DATATYPES: dict[str, Datatype] = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+
+
+class Runtime(Protocol):
+    """A loaded model. Calls may come from any thread, one at a time."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that really runs the model."""
+        ...
+
+    def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """One array per output, in order.
+
+        Args:
+            tensors: one array per input, in order, with the batch axis first; not changed.
+
+        Raises:
+            RowsRejected: a value in them is one that the graph cannot take, such as an index outside a table.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where models run, and why there."""
+
+    provider: str
+    why: str
+
+
+def place(device: Device) -> Placement:
+    """Decide where models run.
+
+    Raises:
+        DeviceUnavailable: `cuda` was asked for and cannot be had; the sentence says what is missing.
+    """
+    if device == "cpu":
+        return Placement(provider=CPU_PROVIDER, why="asked for by --device cpu")
+    missing = _missing_for_cuda()
+    if device == "cuda":
+        if missing:
+            raise DeviceUnavailable(f"--device cuda: {missing}")
+        return Placement(provider=CUDA_PROVIDER, why="asked for by --device cuda")
+    if missing:
+        return Placement(provider=CPU_PROVIDER, why=f"no usable GPU: {missing}")
+    return Placement(provider=CUDA_PROVIDER, why="a usable GPU was found")
+
+
+def _missing_for_cuda() -> str | None:
+    if CUDA_PROVIDER not in onnxruntime.get_available_providers():
+        return (
+            f"the installed onnxruntime {onnxruntime.__version__} is built without CUDA; "
+            "install evalmode[gpu] in place of onnxruntime"
+        )
+    onnxruntime.preload_dlls()  # finds the CUDA and cuDNN libraries of NVIDIA's Python packages
+    try:
+        session = onnxruntime.InferenceSession(_hand_through(), _session_options(threads=1), providers=[CUDA_PROVIDER])
+    except Exception as error:  # whatever the driver or a missing library raises is the answer here
+        return f"onnxruntime cannot start CUDA: {first_line(error)}"
+    if session.get_providers()[0] != CUDA_PROVIDER:  # it falls back to the CPU without an error
+        return "onnxruntime found no CUDA device it can use; check `nvidia-smi`, and that CUDA and cuDNN are installed"
+    return None
+
+
+@final
+class OnnxRuntime:
+    """A model in an onnxruntime session."""
+
+    def __init__(self, model: bytes, placement: Placement, *, threads: int = 0) -> None:
+        """Load a model.
+
+        Args:
+            model: a serialised ModelProto with its weights inside.
+            threads: for one run; 0 is what this process may use.
+
+        Raises:
+            AdmissionRefused: onnxruntime cannot load it, runs it elsewhere, or its inputs or outputs are not tensors.
+        """
+        options = _session_options(threads or usable_cpus())
+        try:
+            self._session = onnxruntime.InferenceSession(model, options, providers=[placement.provider])
+        except Exception as error:  # onnxruntime raises a class of its own for each status
+            raise AdmissionRefused("structure", f"onnxruntime cannot load it: {first_line(error)}") from error
+        self._provider: str = self._session.get_providers()[0]
+        if self._provider != placement.provider:
+            raise AdmissionRefused(
+                "structure", f"it was to run on {placement.provider}, but onnxruntime put it on {self._provider}"
+            )
+        self._inputs = tuple(_spec(value, "input") for value in self._session.get_inputs())
+        self._outputs = tuple(_spec(value, "output") for value in self._session.get_outputs())
+        self._input_names = [spec.name for spec in self._inputs]
+        self._output_names = [spec.name for spec in self._outputs]
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._outputs
+
+    @property
+    def provider(self) -> str:
+        return self._provider
+
+    def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        feeds = dict(zip(self._input_names, tensors, strict=True))
+        try:
+            outputs: list[NDArray[Any]] = self._session.run(self._output_names, feeds)
+        except InvalidArgument as error:
+            raise RowsRejected(first_line(error)) from error
+        return outputs
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use: its affinity mask, and the cgroup's quota where there is one, at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return allowed
+    return allowed if quota == "max" else max(1, min(allowed, math.ceil(int(quota) / int(period))))
+
+
+def _session_options(threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # waiting threads of onnxruntime spin by default and take the CPU from everything else in the container
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors only: what matters is raised, and said in a sentence
+    return options
+
+
+def _spec(value: Any, kind: str) -> TensorSpec:
+    datatype = _DATATYPES.get(value.type)
+    if datatype is None:
+        raise AdmissionRefused("structure", f"{kind} '{value.name}' is a {value.type}, which cannot be sent over HTTP")
+    shape = tuple(axis if isinstance(axis, int) else -1 for axis in value.shape)
+    return TensorSpec(name=value.name, datatype=datatype, shape=shape)
+
+
+def _hand_through() -> bytes:
+    """The smallest model there is, to see whether a provider starts: y = x."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "hand_through", [x], [y])
+    opset = helper.make_opsetid("", 17)
+    return bytes(helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString())

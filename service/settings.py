@@ -1,0 +1,30 @@
+"""One frozen `Settings`: every field is a flag of `evalmode serve` and an environment variable `EVALMODE_<FIELD>`.
+
+A flag beats the environment, the environment beats the default.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Device = Literal["auto", "cpu", "cuda"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class Settings(BaseSettings):
+    """How the service runs."""
+
+    model_config = SettingsConfigDict(env_prefix="EVALMODE_", frozen=True)
+
+    models: Path = Field(default=Path("models"), description="What to serve when no PATH is given.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 is every interface.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    device: Device = Field(default="auto", description="Where models run; 'auto' takes a usable GPU if there is one.")
+    threads: int = Field(default=0, ge=0, description="Threads inside one run; 0 is what this process may use.")
+    max_batch_rows: int = Field(default=64, ge=1, le=65536, description="The most rows that run together.")
+    body_limit_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body that is read.")
+    log_level: LogLevel = Field(default="info", description="The least that is logged.")
