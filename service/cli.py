@@ -17,17 +17,26 @@ from cyclopts import App, Parameter
 from pydantic import ValidationError
 
 from service.errors import EvalmodeError, Refused, WrongCall
-from service.settings import Settings
+from service.settings import Device, Settings
 
 VERBS_GROUP = "evalmode.verbs"
-HELP = """Serve a network with BatchNorm exactly as it was evaluated.
 
-    evalmode train data.csv --target COLUMN     a table becomes a checkpoint
-    evalmode export CHECKPOINT --name NAME      a checkpoint becomes a bundle, through every check
-    evalmode serve models                       bundles become predictions over HTTP
-"""
+app = App(
+    name="evalmode",
+    help="Serve a network with BatchNorm exactly as it was evaluated.",
+    help_epilogue="""
+The whole road:
 
-app = App(name="evalmode", help=HELP, version=lambda: version("evalmode"), help_format="plaintext")
+```
+evalmode train data.csv --target COLUMN     # a table becomes a checkpoint
+evalmode export CHECKPOINT --name NAME      # a checkpoint becomes a bundle, through every check
+evalmode serve models                       # bundles become predictions over HTTP
+```
+""",
+    help_format="markdown",
+    version=lambda: version("evalmode"),
+    suppress_keyboard_interrupt=False,
+)
 for _verb in entry_points(group=VERBS_GROUP):
     app.command(_verb.value, name=_verb.name)  # imported when it is called
 
@@ -41,12 +50,12 @@ def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-    except (WrongCall, cyclopts.CycloptsError) as error:
-        return _say(2, str(error))
-    except ValidationError as error:
+    except cyclopts.CycloptsError as error:
+        return _say(2, _sentence(error.__cause__) if isinstance(error.__cause__, ValidationError) else str(error))
+    except ValidationError as error:  # of a setting in the environment
         return _say(2, _sentence(error))
-    except Refused as error:
-        return _say(1, str(error))
+    except WrongCall as error:
+        return _say(2, str(error))
     except EvalmodeError as error:
         return _say(1, str(error))
     except KeyboardInterrupt:
@@ -70,24 +79,31 @@ def _sentence(error: ValidationError) -> str:
     return f"{flag} is {first['input']!r}; {message}"
 
 
-@app.command
-def serve(path: Path | None = None, /, *, settings: Annotated[Settings | None, Parameter(name="*")] = None) -> None:
+ServiceSettings = Annotated[Settings | None, Parameter(name="*")]
+
+
+@app.command(
+    help_epilogue="""
+```
+evalmode serve models                       # a repository: NAME/VERSION/model.onnx
+evalmode serve models/credit/1 --port 0     # one bundle, on a free port
+evalmode serve model.onnx --device cpu      # any ONNX file
+```
+"""
+)
+def serve(
+    path: Annotated[
+        Path | None, Parameter(help="A repository, a model's folder, a bundle or an ONNX file; default: --models.")
+    ] = None,
+    /,
+    *,
+    settings: ServiceSettings = None,
+) -> None:
     """Serve a model repository, a bundle or an ONNX file over HTTP.
 
     Every model is led through admission first: structure, digest, golden samples, independence. A version that is
-    refused is never served; the newest one that passes is. Every flag is also an environment variable: --port is
-    EVALMODE_PORT.
-
-    Examples:
-
-        evalmode serve                              what is in ./models
-        evalmode serve models/credit/1 --port 0     one bundle, on a free port
-        evalmode serve model.onnx --device cpu      any ONNX file
-
-    Parameters
-    ----------
-    path
-        A repository (NAME/VERSION/model.onnx), a bundle, or an ONNX file. Default: EVALMODE_MODELS, or 'models'.
+    refused is never served; the newest one that passes is. Every flag is an environment variable too: `--port` is
+    `EVALMODE_PORT`.
     """
     from service import server  # each verb imports what it needs
 
@@ -95,34 +111,41 @@ def serve(path: Path | None = None, /, *, settings: Annotated[Settings | None, P
     server.serve(path or settings.models, settings)
 
 
-@app.command
-def predict(model: Path, sample: Path, /, *, settings: Annotated[Settings | None, Parameter(name="*")] = None) -> None:
-    """One prediction in this process: the answer that the service gives, through the same admission.
-
-    Example:
-
-        evalmode predict models/credit sample.json
-
-    Parameters
-    ----------
-    model
-        A repository with one model, a model's folder, a bundle or an ONNX file.
-    sample
-        A file with one JSON object of named features; '-' reads standard input.
-    """
+@app.command(
+    help_epilogue="""
+```
+evalmode predict models/credit sample.json
+echo '{"age": 41, ...}' | evalmode predict models/credit -
+```
+"""
+)
+def predict(
+    model: Annotated[Path, Parameter(help="A model's folder, a bundle, or a repository that holds one model.")],
+    sample: Annotated[
+        Path,
+        Parameter(help="A file with one JSON object of named features; '-': standard input.", allow_leading_hyphen=True),
+    ],
+    /,
+    *,
+    device: Annotated[Device, Parameter(help="Where the model runs.")] = "auto",
+) -> None:
+    """One prediction in this process: the answer that the service gives, through the same admission."""
     from service.protocol.predict import parse
     from service.repository import find, load
     from service.runtime import place
 
-    settings = settings or Settings()
     try:
         body = sys.stdin.buffer.read() if str(sample) == "-" else sample.read_bytes()
     except OSError as error:
         raise WrongCall(f"'{sample}' cannot be read: {error.strerror}") from error
-    repository = load(find(model), place(settings.device), settings)
+    repository = load(find(model), place(device), Settings(device=device))
     if not repository.ready:
         raise Refused("; ".join(f"{entry.name}/{entry.version} was {entry.reason}" for entry in repository.entries))
     live = repository.only()
     request = parse(live, body)
     answer = request.answer(live.admitted.runtime.run(request.accepted.tensors))
     print(json.dumps(answer, ensure_ascii=False, indent=2))
+
+
+if __name__ == "__main__":
+    main()

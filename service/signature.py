@@ -265,8 +265,8 @@ def _number(feature: ContinuousFeature, value: object) -> float:
 
 
 def _short(value: float) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:12]}… ({len(text)} digits)"
+    # Python refuses to write integers of more than 4300 digits
+    return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else str(value)
 
 
 def _category(feature: CategoricalFeature, value: object) -> str | None:

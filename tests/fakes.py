@@ -1,0 +1,43 @@
+"""Stand-ins for the engine, complete and as hurtful as the real one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.signature import TensorSpec
+
+
+@final
+class FakeRuntime:
+    """Answers `y = 2 x` for x: float32[batch, 3]; notes each batch; can be slow and can choke on a value.
+
+    It sleeps without giving way, as a real session computes, so a call on the event loop is felt.
+    """
+
+    inputs = (TensorSpec(name="x", datatype="FP32", shape=(-1, 3)),)
+    outputs = (TensorSpec(name="y", datatype="FP32", shape=(-1, 3)),)
+    provider = "FakeExecutionProvider"
+
+    def __init__(self, *, run_s: float = 0.0, chokes_on: float | None = None) -> None:
+        self.batches: list[int] = []
+        self.threads: set[int] = set()
+        self.started = threading.Event()
+        """Set when the first batch has begun."""
+        self._run_s = run_s
+        self._chokes_on = chokes_on
+
+    def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        (x,) = tensors
+        self.batches.append(x.shape[0])
+        self.started.set()
+        self.threads.add(threading.get_ident())
+        time.sleep(self._run_s)
+        if self._chokes_on is not None and (x == self._chokes_on).any():
+            raise RuntimeError(f"cannot compute {self._chokes_on}")
+        return [x * np.float32(2)]

@@ -1,0 +1,202 @@
+"""What is served was admitted, and each door refuses what it is there for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from service import bundle as bundles
+from service.admission import Admitted, admit, check_independence, largest_difference
+from service.bundle import MODEL_FILE, Bundle, Passport
+from service.errors import AdmissionRefused
+from service.runtime import place
+from tests import graphs
+from tests.bundles import probabilities, table_contents, table_passport, write_table_bundle
+
+
+def plain(model: onnx.ModelProto) -> Bundle:
+    contents = {MODEL_FILE: model.SerializeToString()}
+    return Bundle(name="m", version="1", folder=Path(), contents=contents, passport=None)
+
+
+def with_passport(change: Callable[[dict[str, bytes], Passport], Passport] = lambda _, passport: passport) -> Bundle:
+    contents = table_contents()
+    passport = change(contents, table_passport(contents, name="table", version="1"))
+    return Bundle(name="table", version="1", folder=Path(), contents=contents, passport=passport)
+
+
+def admitted(bundle: Bundle) -> Admitted:
+    return admit(bundle, place("cpu"), threads=1, max_batch_rows=16)
+
+
+def refusal(bundle: Bundle) -> AdmissionRefused:
+    with pytest.raises(AdmissionRefused) as caught:
+        admitted(bundle)
+    return caught.value
+
+
+def test_a_healthy_bundle_passes_all_doors() -> None:
+    """The passport's promise is replayed and measured, not believed."""
+    passed = admitted(with_passport())
+    (figure,) = passed.golden
+    assert passed.golden_rows == 12
+    assert 0 < figure.difference <= figure.bound  # float32 against rounded float64: not the same bits, but near
+    assert passed.independence.batch_sizes == (1, 2, 3, 7, 16)
+    assert len(passed.batchnorms) == 1
+    assert passed.run_s > 0
+
+
+def test_a_plain_onnx_file_passes_without_golden_samples() -> None:
+    """Admission knows less about it and says so, but structure and independence always run."""
+    passed = admitted(plain(graphs.batchnorm_model()))
+    assert passed.golden == ()
+    assert passed.golden_rows == 0
+    x = np.array([[4.0, -2.5, 41.0]], dtype=np.float32)
+    # one rounding each for subtraction, two products, square root, quotient and sum, on |gamma||mean|/std up to 300
+    np.testing.assert_allclose(passed.runtime.run([x])[0], graphs.batchnorm_answer(x), rtol=0, atol=6 * 2**-24 * 300)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (graphs.batchnorm_model(training=True), "'norm' is in training mode (training_mode=1)"),
+        (graphs.batchnorm_model(opset=9, extra_outputs=("m", "v", "sm", "sv")), "outputs beyond Y (m, v, sm, sv)"),
+        (graphs.batch_statistics_model(), "'norm' has no constant running_mean"),
+        (graphs.batchnorm_model(var=np.array([0.05, -0.02, 0.09], np.float32)), "negative running_var (-0.02)"),
+        (graphs.batchnorm_model(var=np.array([0.05, np.inf, 0.09], np.float32)), "running_var that is not finite"),
+        (graphs.batchnorm_model(mean=np.array([np.nan, 0, 1], np.float32)), "running_mean that is not finite"),
+        (graphs.dropout_model(training=True), "Dropout 'drop' is in training mode"),
+    ],
+)
+def test_structure_refuses_what_is_not_frozen(model: onnx.ModelProto, sentence: str) -> None:
+    """A file whose answers would depend on the batch, or be constant or NaN, is refused by reading it."""
+    refused = refusal(plain(model))
+    assert refused.door == "structure"
+    assert sentence in str(refused)
+
+
+def test_structure_refuses_what_is_not_a_model(tmp_path: Path) -> None:
+    """Bytes that are not ONNX are a sentence, not a traceback."""
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"not a model at all")
+    with pytest.raises(AdmissionRefused, match="not an ONNX model"):
+        bundles.read_plain(file)
+
+
+def test_a_dropout_in_eval_mode_is_fine() -> None:
+    assert admitted(plain(graphs.dropout_model(training=False))).independence.kind == "exact"
+
+
+def test_digest_refuses_one_flipped_bit() -> None:
+    """A bundle that was damaged on its way is refused, even where the damage would not show in the golden samples."""
+    whole = with_passport()
+    damaged = bytearray(whole.contents[MODEL_FILE])
+    damaged[-200] ^= 1
+    refused = refusal(replace(whole, contents={**whole.contents, MODEL_FILE: bytes(damaged)}))
+    assert refused.door in ("digest", "structure")
+    output = "test_data_set_0/output_0.pb"
+    damaged = bytearray(whole.contents[output])
+    damaged[-1] ^= 1
+    refused = refusal(replace(whole, contents={**whole.contents, output: bytes(damaged)}))
+    assert refused.door == "digest"
+    assert f"'{output}'" in str(refused)
+
+
+def test_digest_refuses_a_file_the_passport_does_not_know() -> None:
+    without = with_passport(
+        lambda _, passport: passport.model_copy(
+            update={"files": {path: said for path, said in passport.files.items() if path != MODEL_FILE}}
+        )
+    )
+    assert refusal(without).door == "digest"
+
+
+def test_golden_refuses_other_outputs() -> None:
+    """A network that answers otherwise than PyTorch did, by more than float error, is refused with both figures."""
+
+    def with_other_outputs(contents: dict[str, bytes], passport: Passport) -> Passport:
+        golden = Bundle(name="", version="", folder=Path(), contents=contents, passport=None)
+        wrong = [probabilities(*golden.golden("input")).astype(np.float32) + np.float32(1e-4)]
+        contents |= bundles.golden_files(golden.golden("input"), wrong)
+        return table_passport(contents, name="table", version="1")
+
+    refused = refusal(with_passport(with_other_outputs))
+    assert refused.door == "golden"
+    assert "is 0.0001 away from what PyTorch gave" in str(refused)
+
+
+def test_golden_refuses_a_promise_without_samples() -> None:
+    whole = with_passport()
+    lost = {path: content for path, content in whole.contents.items() if not path.endswith("output_0.pb")}
+    files = {path: said for path, said in whole.passport.files.items() if path in lost} if whole.passport else {}
+    assert whole.passport is not None
+    stripped = replace(whole, contents=lost, passport=whole.passport.model_copy(update={"files": files}))
+    assert refusal(stripped).door == "golden"
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (graphs.mixing_model(), "the network mixes the rows of a batch"),
+        (graphs.size_model(), "in a batch of 2 than in one of 1; rounding explains at most"),
+        (graphs.random_model(), "is random: equal runs gave two answers"),
+    ],
+)
+def test_independence_refuses_without_knowing_the_cause(model: onnx.ModelProto, sentence: str) -> None:
+    """No BatchNormalization in sight, and still: a row's answer may depend on nothing but the row."""
+    refused = refusal(plain(model))
+    assert refused.door == "independence"
+    assert sentence in str(refused)
+
+
+def test_independence_notices_one_bit() -> None:
+    """Beside other neighbours at the same size a row must keep its bits; a tolerance there would hide leaks."""
+
+    class Leaky:
+        inputs = admitted(plain(graphs.batchnorm_model())).runtime.inputs
+        outputs = admitted(plain(graphs.batchnorm_model())).runtime.outputs
+        provider = "leaky"
+
+        def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+            return [tensors[0] + np.float32(2e-7) * tensors[0].sum()]
+
+    rows = [np.linspace(1, 2, 24, dtype=np.float32).reshape(8, 3)]
+    with pytest.raises(AdmissionRefused, match="mixes the rows"):
+        check_independence(Leaky(), rows, batch_sizes=(1, 2, 3), bounds=[1.0])
+
+
+def test_an_index_outside_the_table_does_not_stop_admission() -> None:
+    """Made-up rows for integer inputs are small, so that a lookup of at least two entries takes them."""
+    assert admitted(plain(graphs.embedding_model())).independence.kind == "exact"
+
+
+def test_the_passport_must_describe_this_graph() -> None:
+    """A model that was replaced by another with other inputs is not served under the old signature."""
+
+    def with_other_model(contents: dict[str, bytes], _: Passport) -> Passport:
+        contents[MODEL_FILE] = graphs.batchnorm_model().SerializeToString()
+        return table_passport(contents, name="table", version="1")
+
+    assert "but the graph has (x: FP32[-1, 3])" in str(refusal(with_passport(with_other_model)))
+
+
+def test_reading_a_bundle_from_disk_is_the_same(tmp_path: Path) -> None:
+    folder = write_table_bundle(tmp_path)
+    passed = admitted(bundles.read(folder, name="table", version="1"))
+    assert passed.signature.features is not None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "difference"),
+    [([1.0, 2.0], [1.0, 2.5], 0.5), ([np.nan], [np.nan], 0.0), ([np.nan], [1.0], np.inf), ([np.inf], [np.inf], 0.0)],
+)
+def test_largest_difference_counts_what_is_not_finite(one: list[float], other: list[float], difference: float) -> None:
+    """NaN beside a number is infinitely far, and never passes for small because it compares false."""
+    assert largest_difference(np.array(one), np.array(other)) == difference

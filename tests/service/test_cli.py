@@ -1,0 +1,128 @@
+"""The command line: exit codes, sentences, settings."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from service.cli import run
+from service.errors import DeviceUnavailable
+from service.runtime import CPU_PROVIDER, CUDA_PROVIDER, place
+from service.settings import Settings
+from tests import graphs
+from tests.bundles import SAMPLE, write_table_bundle
+
+has_gpu = place("auto").provider == CUDA_PROVIDER
+
+
+@pytest.fixture
+def sample(tmp_path: Path) -> Path:
+    file = tmp_path / "sample.json"
+    file.write_text(json.dumps(SAMPLE))
+    return file
+
+
+def test_predict_answers_in_process(tmp_path: Path, sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_table_bundle(tmp_path / "models", name="credit")
+    assert run(["predict", str(tmp_path / "models" / "credit"), str(sample)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["label"] in ("bad", "good")
+    assert (answer["model"], answer["version"]) == ("credit", "1")
+
+
+def test_predict_reads_standard_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_table_bundle(tmp_path, name="credit")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps(SAMPLE).encode())))
+    assert run(["predict", str(tmp_path), "-"]) == 0
+    assert "probabilities" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["predict", "{models}", "{tmp}/nothing.json"], 2, "cannot be read: No such file"),
+        (["predict", "{tmp}/nothing", "{sample}"], 2, "there is nothing at"),
+        (["predict", "{sick}", "{sample}"], 1, "refused at the structure door"),
+        (["predict", "{models}", "{bad}"], 1, "feature 'age' is the string 'old'"),
+        (["serve", "{tmp}/nothing"], 2, "there is nothing at"),
+        (["serve", "{sick}", "--port", "0"], 1, "was admitted, so there is nothing to serve"),
+        (["serve", "--port", "99999"], 2, "--port (EVALMODE_PORT) is '99999'; input should be less than or equal to"),
+        (
+            ["serve", "--device", "tpu"],
+            2,
+            "--device (EVALMODE_DEVICE) is 'tpu'; input should be 'auto', 'cpu' or 'cuda'",
+        ),
+        (["serve", "--prot", "1"], 2, "Unknown option: --prot. Did you mean --port?"),
+        (["serve", "{models}", "--host", "256.0.0.1"], 1, "cannot listen on"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_a_wrong_call_and_a_no_are_told_apart(
+    tmp_path: Path, sample: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, sentence: str
+) -> None:
+    """2 for a call that cannot be meant, 1 when the answer is no; one sentence on standard error, no traceback."""
+    write_table_bundle(tmp_path / "models", name="credit")
+    onnx.save(graphs.batchnorm_model(training=True), tmp_path / "sick.onnx")
+    (tmp_path / "bad.json").write_text(json.dumps({**SAMPLE, "age": "old"}))
+    places = {
+        "models": tmp_path / "models", "tmp": tmp_path, "sample": sample,
+        "sick": tmp_path / "sick.onnx", "bad": tmp_path / "bad.json",
+    }  # fmt: skip
+    assert run([argument.format(**places) for argument in arguments]) == code
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.startswith("evalmode: ")
+    assert "Traceback" not in said
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_table_bundle(tmp_path, name="credit")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run(["serve", str(tmp_path), "--port", str(port)]) == 1
+    said = capsys.readouterr()
+    assert "another process has it; choose another with --port" in said.err
+    assert "ready" not in said.out
+
+
+def test_a_flag_beats_the_environment_beats_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().port == 8000
+    monkeypatch.setenv("EVALMODE_PORT", "9001")
+    monkeypatch.setenv("EVALMODE_DEVICE", "cpu")
+    assert (Settings().port, Settings().device) == (9001, "cpu")
+    assert Settings(port=9002).port == 9002
+
+
+@pytest.mark.skipif(has_gpu, reason="here onnxruntime can use a GPU")
+def test_cuda_without_a_gpu_is_an_error_that_says_what_is_missing() -> None:
+    """Never a silent fall back to the CPU."""
+    with pytest.raises(
+        DeviceUnavailable, match=r"--device cuda: .*(built without CUDA|cannot start CUDA|no CUDA device)"
+    ):
+        place("cuda")
+
+
+@pytest.mark.skipif(has_gpu, reason="here onnxruntime can use a GPU")
+def test_auto_says_what_it_chose_and_why() -> None:
+    placement = place("auto")
+    assert placement.provider == CPU_PROVIDER
+    assert placement.why.startswith("no usable GPU: ")
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each verb with an example to copy."""
+    for verb in ("serve", "predict"):
+        assert run([verb, "--help"]) == 0
+        assert f"evalmode {verb} models" in capsys.readouterr().out
