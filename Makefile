@@ -16,7 +16,7 @@ serve: $(SERVE)/installed ## Serve models/ on port 8000 (PORT=9000 for another),
 	@$(SERVE)/bin/evalmode serve models --port $(PORT)
 
 demo: $(DEV)/installed ## The whole road: train, export, admission, serve, predict
-	@$(DEV)/bin/python -m benchmarks.demo
+	@scripts/demo $(DEV)/bin
 
 test: $(DEV)/installed ## Every test, fast ones first
 	$(DEV)/bin/python -m pytest
@@ -37,7 +37,7 @@ image-test: ## Build the container image, start it, predict from outside
 	deploy/image-test
 
 lock: ## Choose the newest versions anew and pin them in constraints.txt
-	deploy/lock
+	scripts/lock
 
 clean: ## Remove the environments and what was built
 	rm -rf $(SERVE) $(DEV) build

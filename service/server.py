@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import shlex
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -49,6 +50,9 @@ def serve(path: Path, settings: Settings) -> None:
             log_level="warning",
         )
         host, port = listening.getsockname()[:2]
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            # uvicorn drains, then raises the signal once more for the handler that was there before its own: done, exit 0
+            signal.signal(signum, lambda *_: None)
         _Server(config, announcement=_announcement(repository, host, port)).run(sockets=[listening])
 
 

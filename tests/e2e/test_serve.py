@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from tests import graphs
 from tests.bundles import SAMPLE, write_table_bundle
-from tests.e2e.conftest import Serve
+from tests.conftest import Serve
 
 pytestmark = pytest.mark.e2e
 
@@ -68,26 +69,6 @@ def test_http_and_in_process_give_the_same_answer(serve: Serve, tmp_path: Path) 
     assert json.loads(alone.stdout) == over_http
 
 
-def test_the_same_row_has_the_same_bits_alone_and_among_64_others(serve: Serve) -> None:
-    """Whoever else calls at the same moment does not change an answer, in any bit: the promise of the whole project."""
-    serving = serve(SHIPPED)
-    example = json.loads(printed_call(serving.printed)[-1])
-    numbers = [name for name, value in example.items() if isinstance(value, int | float)]
-    samples = [{**example, **{name: example[name] * (1 + i / 50) for name in numbers}} for i in range(65)]
-    url = f"{serving.address}/predict"
-
-    async def scenario() -> None:
-        limits = httpx.Limits(max_connections=65)
-        async with httpx.AsyncClient(limits=limits, timeout=30) as client:
-            alone = [(await client.post(url, json=sample)).content for sample in samples]
-            assert len(set(alone)) > 60  # the samples do get different answers
-            for _ in range(5):
-                together = await asyncio.gather(*(client.post(url, json=sample) for sample in samples))
-                assert [response.content for response in together] == alone
-
-    asyncio.run(scenario())
-
-
 def test_requests_share_batches_under_load(serve: Serve, tmp_path: Path) -> None:
     """One that only the graph can refuse fails alone, with 64 in flight."""
     onnx.save(graphs.embedding_model(), tmp_path / "lookup.onnx")
@@ -123,6 +104,17 @@ def test_a_body_that_is_too_large_is_refused_and_the_next_is_answered(serve: Ser
     with httpx.Client(timeout=20) as client:
         assert client.post(url, content=b" " * 5_000_000).status_code == 413
         assert client.post(url, json=SAMPLE).status_code == 200
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_well(serve: Serve, tmp_path: Path, signum: signal.Signals) -> None:
+    """Ctrl-C and the orchestrator's SIGTERM are the ordinary end: exit code 0, no traceback."""
+    write_table_bundle(tmp_path)
+    process = serve(tmp_path).process
+    process.send_signal(signum)
+    rest, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "Traceback" not in rest
 
 
 def test_health_and_documentation_answer(serve: Serve) -> None:

@@ -1,0 +1,238 @@
+"""Is the ONNX model the network in eval mode? Measured on real rows, judged by the float error of this network on them.
+
+    measured   at batch 1, 2, 3 and all rows, at every optimisation level of onnxruntime:
+               the largest difference between the ONNX model and PyTorch in eval mode, for each output
+    allowed    2 * bound: each of the two may be off the exact answer by `bound` (`export.rounding`)
+
+Measuring is apart from judging: `measure` runs everything and returns figures, `refusal` reads them.
+
+The batch sizes are there because code may branch on the batch size (`if len(x) > 1: x = norm(x)` exports without a
+word), the levels because a fusion is a change of the graph like any other, and the rows are real ones because noise
+does not reach the values where statistics matter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from export.rounding import analyse, flattened
+from service.admission import largest_difference
+from service.bundle import ParityFigure, Tolerance
+from service.errors import Refused, first_line, listing
+
+Level: TypeAlias = Literal["none", "basic", "extended", "all"]
+LEVELS: dict[Level, str] = {
+    "none": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+Arrays: TypeAlias = list[NDArray[Any]]
+
+BATCH_SIZES = (1, 2, 3)
+"""Besides all rows at once: alone, the smallest company, and the smallest odd one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How far the ONNX model was from PyTorch at worst, in one setting."""
+
+    output: str
+    batch_size: int
+    level: Level
+    largest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """All that was measured; each mapping has an entry for each output."""
+
+    bounds: Mapping[str, float]
+    """How far rounding may take an output from the exact answer."""
+    torch_errors: Mapping[str, float]
+    """How far PyTorch's own answer is from the exact one."""
+    torch_batch_effects: Mapping[str, float]
+    """How much PyTorch's answer for a row changes with the number of rows beside it."""
+    differences: tuple[Difference, ...]
+    not_finite: tuple[str, ...]
+    """Outputs in which PyTorch gave NaN or infinity."""
+    random: tuple[str, ...]
+    """Outputs in which PyTorch gave two answers to the same rows."""
+
+    @property
+    def tolerances(self) -> dict[str, Tolerance]:
+        """For the passport: how near a replay must come to what PyTorch gave."""
+        return {name: Tolerance(absolute=2 * bound) for name, bound in self.bounds.items()}
+
+    @property
+    def figures(self) -> tuple[ParityFigure, ...]:
+        """For the passport: the worst of each kind."""
+        return tuple(figure for name in self.bounds for figure in self._figures_of(name))
+
+    def _figures_of(self, name: str) -> Iterator[ParityFigure]:
+        bound = self.bounds[name]
+        yield ParityFigure(
+            name=f"{name}: PyTorch against the same network in float64", difference=self.torch_errors[name], bound=bound
+        )
+        yield ParityFigure(
+            name=f"{name}: PyTorch, few rows against all rows",
+            difference=self.torch_batch_effects[name],
+            bound=2 * bound,
+        )
+        for level in LEVELS:
+            worst = max(d.largest for d in self.differences if (d.output, d.level) == (name, level))
+            kind = f"{name}: ONNX at optimisation '{level}' against PyTorch"
+            yield ParityFigure(name=kind, difference=worst, bound=2 * bound)
+
+
+def measure(module: nn.Module, model: onnx.ModelProto, inputs: Sequence[Tensor], output_names: Sequence[str]) -> Parity:
+    """Run a network and its ONNX model on the same rows.
+
+    Args:
+        module: in eval mode; not changed.
+        inputs: real rows for each argument of `forward`, as many in each; not changed.
+
+    Raises:
+        Refused: PyTorch or the ONNX model fails on some number of rows. That they differ is for `refusal` to judge.
+    """
+    analysis = analyse(module, inputs)
+    wanted, again = torch_outputs(module, inputs), torch_outputs(module, inputs)
+    effects = [0.0] * len(wanted)
+    differences: list[Difference] = []
+    sessions = {level: _session(model.SerializeToString(), level) for level in LEVELS}
+    for size in sorted({*BATCH_SIZES, len(inputs[0])}):
+        worst = {level: [0.0] * len(wanted) for level in LEVELS}
+        for rows in _batches(len(inputs[0]), size):
+            batch = [tensor[rows] for tensor in inputs]
+            with _failing_is_refused("PyTorch", size):
+                torch_gave = torch_outputs(module, batch)
+            _raise_to(effects, torch_gave, [output[rows] for output in wanted])
+            arrays = (tensor.detach().cpu().numpy() for tensor in batch)
+            feeds = {value.name: array for value, array in zip(model.graph.input, arrays, strict=True)}
+            for level, session in sessions.items():
+                with _failing_is_refused(f"the ONNX model at optimisation '{level}'", size):
+                    onnx_gave = session.run(list(output_names), feeds)
+                _raise_to(worst[level], onnx_gave, torch_gave)
+        differences.extend(
+            Difference(output=name, batch_size=size, level=level, largest=largest)
+            for level in LEVELS
+            for name, largest in zip(output_names, worst[level], strict=True)
+        )
+    errors = [0.0] * len(wanted)
+    _raise_to(errors, wanted, [tensor.numpy() for tensor in analysis.exact])
+    return Parity(
+        bounds=dict(zip(output_names, analysis.bounds, strict=True)),
+        torch_errors=dict(zip(output_names, errors, strict=True)),
+        torch_batch_effects=dict(zip(output_names, effects, strict=True)),
+        differences=tuple(differences),
+        not_finite=tuple(n for n, array in zip(output_names, wanted, strict=True) if not np.isfinite(array).all()),
+        random=tuple(n for n, *pair in zip(output_names, wanted, again, strict=True) if largest_difference(*pair)),
+    )
+
+
+def refusal(parity: Parity) -> str | None:
+    """Why the ONNX model is not the network in eval mode, as a sentence; None when it is."""
+    for name, bound in parity.bounds.items():
+        if name in parity.not_finite:
+            return f"PyTorch's own output '{name}' is not finite on these rows; look for values unlike training's"
+        if name in parity.random:
+            return f"PyTorch's own output '{name}' is random: two equal runs gave two answers, in eval mode"
+        if not parity.torch_errors[name] <= bound:
+            return (
+                f"PyTorch's output '{name}' is {parity.torch_errors[name]:.3g} away from the same network in float64; "
+                f"rounding explains at most {bound:.3g}: it computes in a coarser type than that of its weights"
+            )
+        apart = [d for d in parity.differences if d.output == name and not d.largest <= 2 * bound]
+        if apart:
+            return _apart(parity, name, apart)
+        if not parity.torch_batch_effects[name] <= 2 * bound:
+            return (
+                f"PyTorch's output '{name}' of a row changes by {parity.torch_batch_effects[name]:.3g} with the rows "
+                f"beside it, in eval mode too; rounding explains at most {2 * bound:.3g}: the network mixes its batch"
+            )
+    return None
+
+
+def _apart(parity: Parity, name: str, apart: Sequence[Difference]) -> str:
+    worst = max(apart, key=lambda difference: difference.largest)
+    sizes = {difference.batch_size for difference in apart}
+    levels = {difference.level for difference in apart}
+    hint = ""
+    if sizes != {difference.batch_size for difference in parity.differences}:
+        numbers = ", ".join(map(str, sorted(sizes)))
+        hint = f"; only batches of {numbers} are wrong: the network's code may branch on the number of rows"
+    elif levels != set(LEVELS):
+        hint = f"; it is wrong only at optimisation {listing(level for level in LEVELS if level in levels)}"
+    return (
+        f"output '{name}' of the ONNX model is {worst.largest:.3g} away from PyTorch in eval mode (in a batch of "
+        f"{worst.batch_size}, optimisation '{worst.level}'); rounding explains at most "
+        f"{2 * parity.bounds[name]:.3g}{hint}"
+    )
+
+
+def torch_outputs(module: nn.Module, inputs: Sequence[Tensor]) -> Arrays:
+    """What PyTorch gives in the mode that the module is in, one array per output."""
+    with torch.no_grad():
+        return [output.detach().cpu().numpy() for output in flattened(module(*inputs))]
+
+
+def train_eval_divergence(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[float, ...] | None:
+    """How far each output would be off if BatchNorm used the statistics of these rows: what eval mode prevents.
+
+    Only BatchNorm is put in training mode, on a copy: with dropout live the figure would be mostly chance.
+
+    Returns:
+        The largest difference for each output; None for a network without BatchNorm, or where these rows are too few
+        to have statistics.
+    """
+    duplicate = copy.deepcopy(module)
+    norms = [part for part in duplicate.modules() if isinstance(part, _BatchNorm)]
+    for norm in norms:
+        norm.train()
+    try:
+        trained = torch_outputs(duplicate, inputs)
+    except ValueError:  # "Expected more than 1 value per channel when training"
+        return None
+    evaluated = torch_outputs(module, inputs)
+    return tuple(largest_difference(*pair) for pair in zip(trained, evaluated, strict=True)) if norms else None
+
+
+@contextmanager
+def _failing_is_refused(who: str, size: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the network's own code and onnxruntime may raise anything
+        raise Refused(f"{who} fails on a batch of {size}: {first_line(error)}") from error
+
+
+def _batches(rows: int, size: int) -> Iterator[list[int]]:
+    """All rows in batches of one size; the last one begins again from the first row to be full."""
+    for start in range(0, rows, size):
+        yield [row % rows for row in range(start, start + size)]
+
+
+def _raise_to(worst: list[float], got: Arrays, wanted: Arrays) -> None:
+    for i, (one, other) in enumerate(zip(got, wanted, strict=True)):
+        worst[i] = max(worst[i], largest_difference(one, other))
+
+
+def _session(model: bytes, level: Level) -> Any:
+    """An onnxruntime session on the CPU; each level is something that some server uses."""
+    import onnxruntime  # here, after `service.runtime` (through `service.admission`) has switched its telemetry off
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[level])
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: what matters is raised
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
