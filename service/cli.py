@@ -123,7 +123,9 @@ def predict(
     model: Annotated[Path, Parameter(help="A model's folder, a bundle, or a repository that holds one model.")],
     sample: Annotated[
         Path,
-        Parameter(help="A file with one JSON object of named features; '-': standard input.", allow_leading_hyphen=True),
+        Parameter(
+            help="A file with one JSON object of named features; '-' is standard input.", allow_leading_hyphen=True
+        ),
     ],
     /,
     *,

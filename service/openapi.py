@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 
 from service.admission import made_up_rows
 from service.errors import BadRequest, BodyTooLarge, Internal, NotFound, NotReady, RequestError, UnsupportedMediaType
+from service.protocol import Parse, predict, v2
 from service.repository import Live
 from service.signature import CategoricalFeature, ClassTarget, ContinuousFeature, Feature, TensorSpec
 
@@ -50,9 +52,9 @@ def with_models(document: Schema, models: Sequence[Live]) -> Schema:
         if live.reader is not None:
             schemas[f"{live.name}.Sample"] = _sample(live)
             schemas[f"{live.name}.Prediction"] = _prediction(live)
-            paths[f"/models/{live.name}/predict"] = {"post": _predict_operation(live, f"predict_{live.name}")}
             if len(models) == 1:
                 paths["/predict"] = {"post": _predict_operation(live, "predict")}
+            paths[f"/models/{live.name}/predict"] = {"post": _predict_operation(live, f"predict_{live.name}")}
         schemas[f"{live.name}.InferRequest"] = _infer_request(live)
         schemas[f"{live.name}.InferResponse"] = _infer_response(live)
         paths[f"/v2/models/{live.name}/infer"] = {"post": _infer_operation(live)}
@@ -66,44 +68,48 @@ def with_models(document: Schema, models: Sequence[Live]) -> Schema:
 
 def _predict_operation(live: Live, operation_id: str) -> Schema:
     return _operation(
+        live,
+        predict.parse,
+        live.admitted.signature.example(),
         operation_id=operation_id,
         tag="Predict",
         summary=f"One sample of named features for '{live.name}'",
-        request=f"{live.name}.Sample",
-        example=live.admitted.signature.example(),
-        response=f"{live.name}.Prediction",
+        schemas=(f"{live.name}.Sample", f"{live.name}.Prediction"),
     )
 
 
 def _infer_operation(live: Live) -> Schema:
     return _operation(
+        live,
+        v2.parse,
+        infer_example(live),
         operation_id=f"infer_{live.name}",
         tag="Open Inference Protocol",
         summary=f"Tensors for '{live.name}'",
-        request=f"{live.name}.InferRequest",
-        example=infer_example(live),
-        response=f"{live.name}.InferResponse",
+        schemas=(f"{live.name}.InferRequest", f"{live.name}.InferResponse"),
     )
 
 
-def _operation(*, operation_id: str, tag: str, summary: str, request: str, example: object, response: str) -> Schema:
+def _operation(
+    live: Live, parse: Parse, example: Schema, *, operation_id: str, tag: str, summary: str, schemas: tuple[str, str]
+) -> Schema:
+    """An operation whose examples are a request and the answer that this model really gives to it."""
+    request = parse(live, orjson.dumps(example))
+    answer = orjson.loads(request.render(live.admitted.runtime.run(request.accepted.tensors)))
+    asks, answers = ({"$ref": f"#/components/schemas/{name}"} for name in schemas)
     return {
         "operationId": operation_id,
         "tags": [tag],
         "summary": summary,
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": _reference(request), "example": example}},
-        },
+        "requestBody": {"required": True, "content": {"application/json": {"schema": asks, "example": example}}},
         "responses": {
-            "200": {"description": "The answer.", "content": {"application/json": {"schema": _reference(response)}}},
+            "200": {
+                "description": "The answer.",
+                "content": {"application/json": {"schema": answers, "example": answer}},
+            },
             **ERROR_RESPONSES,
         },
     }
-
-
-def _reference(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
 
 
 def _sample(live: Live) -> Schema:

@@ -11,34 +11,19 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any, Protocol, final
-
-from numpy.typing import NDArray
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, final
 
 from service.errors import BadRequest, BodyTooLarge, Internal, MethodNotAllowed, RequestError, UnsupportedMediaType
-from service.protocol import predict, v2
+from service.protocol import Parse, predict, v2
 from service.protocol.json import error_body
 from service.repository import Live, Repository
-from service.signature import Accepted
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-class Request(Protocol):
-    """What every wire makes of a body: rows that fit, and how to answer them."""
-
-    @property
-    def accepted(self) -> Accepted: ...
-
-    def render(self, outputs: Sequence[NDArray[Any]]) -> bytes: ...
-
-
-Parse = Callable[[Live, bytes], Request]
 
 REQUEST_ID = b"x-request-id"
 _REQUEST_ID_TAKEN = re.compile(rb"[\x21-\x7e]{1,128}")

@@ -16,14 +16,19 @@ from typing import Any, Protocol, final
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from service.errors import AdmissionRefused, DeviceUnavailable, RowsRejected, first_line
+from service.errors import AdmissionRefused, DeviceUnavailable, RowsRejected, WrongCall, first_line
 from service.settings import Device
 from service.signature import Datatype, TensorSpec
 
 # Official builds of onnxruntime from 1.29 on report usage by default (its docs/Privacy.md); said before the import.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-import onnxruntime
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+try:
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+except ModuleNotFoundError as missing:
+    raise WrongCall(
+        "onnxruntime is not installed; pip install 'evalmode[service]', or 'evalmode[gpu]' for NVIDIA GPUs"
+    ) from missing
 
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"

@@ -51,7 +51,7 @@ def serve(path: Path, settings: Settings) -> None:
         )
         host, port = listening.getsockname()[:2]
         for signum in (signal.SIGINT, signal.SIGTERM):
-            # uvicorn drains, then raises the signal once more for the handler that was there before its own: done, exit 0
+            # uvicorn drains, then raises the signal once more for the handler that was there before its own: exit 0
             signal.signal(signum, lambda *_: None)
         _Server(config, announcement=_announcement(repository, host, port)).run(sockets=[listening])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -126,3 +127,14 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("serve", "predict"):
         assert run([verb, "--help"]) == 0
         assert f"evalmode {verb} models" in capsys.readouterr().out
+
+
+def test_without_an_engine_it_says_what_to_install(tmp_path: Path) -> None:
+    """`pip install evalmode` alone has none, because the CPU's and the GPU's exclude each other."""
+    write_table_bundle(tmp_path, name="credit")
+    hidden = "import sys; sys.modules['onnxruntime'] = None; from service.cli import run; "
+    program = f"{hidden}sys.exit(run(['serve', {str(tmp_path)!r}]))"
+    refused = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert refused.returncode == 2
+    assert "pip install 'evalmode[service]'" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -373,8 +373,11 @@ def test_openapi_types_each_model(several: Repository) -> None:
     """Feature names, categories, and an example that works as printed."""
     document = get(several, "/openapi.json").json()
     assert "/predict" not in document["paths"]  # with several models it would be refused
-    body = document["paths"]["/models/credit/predict"]["post"]["requestBody"]["content"]["application/json"]
-    assert post(several, "/models/credit/predict", body["example"]).status_code == 200
+    operation = document["paths"]["/models/credit/predict"]["post"]
+    request, answer = (
+        part["content"]["application/json"] for part in (operation["requestBody"], operation["responses"]["200"])
+    )
+    assert post(several, "/models/credit/predict", request["example"]).json() == answer["example"]
     sample = document["components"]["schemas"]["credit.Sample"]
     assert sample["required"] == ["age", "purpose", "amount", "housing"]
     assert sample["properties"]["age"]["type"] == "number"
