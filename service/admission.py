@@ -31,6 +31,9 @@ from service.signature import DATATYPES, Signature, TensorSpec
 
 MakeRuntime = Callable[[bytes], Runtime]
 
+SUBJECTS = 8
+"""Rows that independence is tried with: enough that each has different neighbours, few enough for a large model."""
+
 UNIT_ROUNDOFF = 2.0**-24  # of float32: half the distance from 1 to the next number
 
 
@@ -74,7 +77,7 @@ def admit_with(bundle: Bundle, make_runtime: MakeRuntime, max_batch_rows: int) -
     signature = check_signature(bundle, runtime)
     golden_inputs = bundle.golden("input")
     golden = check_golden(bundle, runtime, golden_inputs)
-    rows = golden_inputs or made_up_rows(runtime.inputs, count=8)
+    rows = _subjects(runtime.inputs, golden_inputs)
     independence = check_independence(
         runtime,
         rows,
@@ -213,67 +216,91 @@ def check_independence(
 ) -> IndependenceFigure:
     """Show that a row's answer does not depend on the rows beside it.
 
-    At every size a row is put first, in the middle and last, beside two different sets of neighbours. Changing the
-    neighbours' contents must change no bit. Another size or position may change rounding, at most by `bounds`.
+    At every size, first one half of the rows is exchanged and then the other: the answers to those that stayed must not
+    change in any bit. Another size or another place may change rounding, at most by `bounds`.
 
     Args:
-        rows: one array per input, with the same number of rows; not changed.
+        rows: one array per input, with the same number of rows, at least 2; not changed.
+        batch_sizes: ascending; the first is what the others are held against.
         bounds: for each output, the largest difference that rounding explains.
 
     Raises:
         AdmissionRefused: the model is random, has an output without batch axis, or depends on its batch.
     """
     count = rows[0].shape[0]
-    alone: list[NDArray[Any]] | None = None
+    smallest = np.arange(batch_sizes[0])
+    parts = [_answers(runtime, rows, (smallest + start) % count) for start in range(0, count, len(smallest))]
+    reference = [np.concatenate(outputs)[:count] for outputs in zip(*parts, strict=True)]
     worst = [0.0] * len(runtime.outputs)
     for size in batch_sizes:
-        for position in sorted({0, size // 2, size - 1}):
-            first, again, beside_others = (
-                _answer(runtime, rows, subject=0, size=size, position=position, shift=shift)
-                for shift in (1, 1, 1 + count // 2)
-            )
-            for spec, one, two, other in zip(runtime.outputs, first, again, beside_others, strict=True):
-                if not _same_bits(one, two):
-                    raise AdmissionRefused(
-                        "independence", f"output '{spec.name}' is random: equal runs gave two answers"
-                    )
-                if not _same_bits(one, other):
-                    raise AdmissionRefused(
-                        "independence",
-                        f"output '{spec.name}' of a row changed by {largest_difference(one, other):.3g} when only its "
-                        f"neighbours in a batch of {size} changed; the network mixes the rows of a batch",
-                    )
-            alone = alone or first
-            for i, (spec, one, reference) in enumerate(zip(runtime.outputs, first, alone, strict=True)):
-                worst[i] = max(worst[i], difference := largest_difference(one, reference))
+        order = np.arange(size) % count
+        answers = _answers(runtime, rows, order)
+        _check_repeatable(runtime, answers, _answers(runtime, rows, order))
+        for stay in (np.arange(size) % 2 == 0, np.arange(size) % 2 == 1) if size > 1 else ():
+            exchanged = np.where(stay, order, (order + max(count // 2, 1)) % count)
+            _check_undisturbed(runtime, answers, _answers(runtime, rows, exchanged), stay)
+        for places in (order, np.roll(order, 1)):
+            got = answers if places is order else _answers(runtime, rows, places)
+            for i, spec in enumerate(runtime.outputs):
+                difference = largest_difference(got[i], reference[i][places])
                 if not difference <= bounds[i]:
                     raise AdmissionRefused(
                         "independence",
                         f"output '{spec.name}' of a row is {difference:.3g} different in a batch of {size} than in one "
                         f"of {batch_sizes[0]}; rounding explains at most {bounds[i]:.3g}",
                     )
+                worst[i] = max(worst[i], difference)
     bound = max(worst, default=0.0)
     return IndependenceFigure(kind="bounded" if bound else "exact", bound=bound, batch_sizes=tuple(batch_sizes))
 
 
-def _answer(
-    runtime: Runtime, rows: Sequence[NDArray[Any]], *, subject: int, size: int, position: int, shift: int
-) -> list[NDArray[Any]]:
-    """The outputs of row `subject` at `position` in a batch of `size`; `shift` chooses the neighbours."""
-    count = rows[0].shape[0]
-    order = [(subject + shift + i) % count for i in range(size)]
-    order[position] = subject
-    outputs = _run(runtime, [array[order] for array in rows], "independence")
+def _answers(runtime: Runtime, rows: Sequence[NDArray[Any]], places: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """The outputs of a batch with the rows of these numbers, one array per output."""
+    outputs = _run(runtime, [array[places] for array in rows], "independence")
     for spec, output in zip(runtime.outputs, outputs, strict=True):
-        if output.ndim == 0 or output.shape[0] != size:
+        if output.ndim == 0 or output.shape[0] != len(places):
             raise AdmissionRefused(
-                "independence", f"output '{spec.name}' has shape {output.shape} for {size} rows: it has no batch axis"
+                "independence", f"output '{spec.name}' has shape {output.shape} for {len(places)} rows: no batch axis"
             )
-    return [output[position] for output in outputs]
+    return outputs
+
+
+def _check_repeatable(runtime: Runtime, one: Sequence[NDArray[Any]], again: Sequence[NDArray[Any]]) -> None:
+    for spec, first, second in zip(runtime.outputs, one, again, strict=True):
+        if not _same_bits(first, second):
+            raise AdmissionRefused("independence", f"output '{spec.name}' is random: equal runs gave two answers")
+
+
+def _check_undisturbed(
+    runtime: Runtime, before: Sequence[NDArray[Any]], after: Sequence[NDArray[Any]], stay: NDArray[np.bool_]
+) -> None:
+    for spec, first, second in zip(runtime.outputs, before, after, strict=True):
+        if not _same_bits(first[stay], second[stay]):
+            difference = largest_difference(first[stay], second[stay])
+            raise AdmissionRefused(
+                "independence",
+                f"output '{spec.name}' of a row changed by {difference:.3g} when only its neighbours in a batch of "
+                f"{len(stay)} changed; the network mixes the rows of a batch",
+            )
+
+
+def _subjects(inputs: Sequence[TensorSpec], golden_inputs: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
+    """The rows to try independence with: golden ones, and made-up ones beside them where those are too few."""
+    if not golden_inputs:
+        return made_up_rows(inputs, count=SUBJECTS)
+    real = [array[:SUBJECTS] for array in golden_inputs]
+    missing = SUBJECTS - real[0].shape[0]
+    if missing <= 0:
+        return real
+    shaped = [
+        spec.model_copy(update={"shape": (spec.shape[0], *array.shape[1:])})
+        for spec, array in zip(inputs, real, strict=True)
+    ]
+    return [np.concatenate(pair) for pair in zip(real, made_up_rows(shaped, count=missing), strict=True)]
 
 
 def made_up_rows(inputs: Sequence[TensorSpec], *, count: int) -> list[NDArray[Any]]:
-    """Rows for a model that came without samples: seeded noise for numbers, small non-negative integers for indices.
+    """Rows for a model that came without samples: seeded noise for numbers, 0 and 1 for indices.
 
     An axis of any length is 4 long. Large contrasts between rows make a neighbour's influence visible.
     """

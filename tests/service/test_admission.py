@@ -18,7 +18,7 @@ from service.bundle import MODEL_FILE, Bundle, Passport
 from service.errors import AdmissionRefused
 from service.runtime import place
 from tests import graphs
-from tests.bundles import probabilities, table_contents, table_passport, write_table_bundle
+from tests.bundles import probabilities, table_contents, table_model, table_passport, write_table_bundle
 
 
 def plain(model: onnx.ModelProto) -> Bundle:
@@ -170,6 +170,53 @@ def test_independence_notices_one_bit() -> None:
     rows = [np.linspace(1, 2, 24, dtype=np.float32).reshape(8, 3)]
     with pytest.raises(AdmissionRefused, match="mixes the rows"):
         check_independence(Leaky(), rows, batch_sizes=(1, 2, 3), bounds=[1.0])
+
+
+def test_independence_sees_a_leak_from_a_single_row() -> None:
+    """A network in which only the last row of a batch reaches the first is caught: every place is a subject."""
+
+    class LastReachesFirst:
+        inputs = admitted(plain(graphs.batchnorm_model())).runtime.inputs
+        outputs = admitted(plain(graphs.batchnorm_model())).runtime.outputs
+        provider = "leaky"
+
+        def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+            y = tensors[0].copy()
+            y[0] += np.float32(1e-6) * (y[-1] if len(y) > 1 else 0)
+            return [y]
+
+    rows = [np.linspace(1, 2, 24, dtype=np.float32).reshape(8, 3)]
+    with pytest.raises(AdmissionRefused, match="mixes the rows"):
+        check_independence(LastReachesFirst(), rows, batch_sizes=(1, 2, 3, 7), bounds=[1.0])
+
+
+def test_one_golden_sample_gets_made_up_neighbours() -> None:
+    """With nothing but copies of one row beside it, a mixing network would pass."""
+
+    def with_one_sample(contents: dict[str, bytes], _: Passport) -> Passport:
+        golden = Bundle(name="", version="", folder=Path(), contents=contents, passport=None)
+        one = bundles.golden_files([a[:1] for a in golden.golden("input")], [a[:1] for a in golden.golden("output")])
+        contents |= {**one, MODEL_FILE: mixing_table_model().SerializeToString()}
+        return table_passport(contents, name="table", version="1")
+
+    assert "mixes the rows" in str(refusal(with_passport(with_one_sample)))
+
+
+def mixing_table_model() -> onnx.ModelProto:
+    """The table model, its logits shifted by how far their mean over the batch is from the first row's."""
+    model = table_model()
+    softmax = model.graph.node.pop()
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "zeroth"))
+    model.graph.node.extend(
+        [
+            onnx.helper.make_node("ReduceMean", ["logits"], ["batch_mean"], axes=[0], keepdims=1),
+            onnx.helper.make_node("Gather", ["logits", "zeroth"], ["row"], axis=0),
+            onnx.helper.make_node("Sub", ["batch_mean", "row"], ["leak"]),
+            onnx.helper.make_node("Add", ["logits", "leak"], ["mixed"]),
+            onnx.helper.make_node("Softmax", ["mixed"], list(softmax.output)),
+        ]
+    )
+    return model
 
 
 def test_an_index_outside_the_table_does_not_stop_admission() -> None:
