@@ -32,6 +32,7 @@ check: $(DEV)/installed ## Lint, format and types
 
 bench: $(DEV)/installed ## What is claimed, measured
 	$(DEV)/bin/python -m benchmarks.credit_auc
+	$(DEV)/bin/python -m benchmarks.start
 
 image-test: ## Build the container image, start it, predict from outside
 	deploy/image-test

@@ -17,7 +17,7 @@ import pytest
 
 from tests import graphs
 from tests.bundles import SAMPLE, write_table_bundle
-from tests.conftest import Serve
+from tests.conftest import Serve, Serving
 
 pytestmark = pytest.mark.e2e
 
@@ -29,18 +29,19 @@ def printed_call(printed: str) -> list[str]:
     return shlex.split(line)
 
 
+def answer_to(serving: Serving) -> dict[str, Any]:
+    """What the printed call prints, in a shell of its own."""
+    call = [*printed_call(serving.printed), "-sS", "--fail-with-body"]
+    answer = subprocess.run(call, capture_output=True, text=True, timeout=20, check=True)
+    said: dict[str, Any] = json.loads(answer.stdout)
+    return said
+
+
 def test_the_printed_call_works_as_printed(serve: Serve) -> None:
     """Copied from the terminal into a shell, on the shipped model."""
     serving = serve(SHIPPED)
     assert "/docs" in serving.printed
-    answer = subprocess.run(
-        [*printed_call(serving.printed), "-sS", "--fail-with-body"],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=True,
-    )
-    assert set(json.loads(answer.stdout)) == {"label", "probabilities", "model", "version"}
+    assert set(answer_to(serving)) == {"label", "probabilities", "model", "version"}
     assert serving.stop() == 0
 
 
@@ -49,14 +50,7 @@ def test_the_call_for_a_plain_onnx_file_works_too(serve: Serve, tmp_path: Path) 
     onnx.save(graphs.batchnorm_model(), tmp_path / "norm.onnx")
     serving = serve(tmp_path / "norm.onnx")
     assert "equality with PyTorch is not known" in serving.printed
-    answer = subprocess.run(
-        [*printed_call(serving.printed), "-sS", "--fail-with-body"],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=True,
-    )
-    assert json.loads(answer.stdout)["outputs"][0]["shape"] == [1, 3]
+    assert answer_to(serving)["outputs"][0]["shape"] == [1, 3]
 
 
 def test_http_and_in_process_give_the_same_answer(serve: Serve, tmp_path: Path) -> None:
