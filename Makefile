@@ -7,7 +7,7 @@ DEV := .venv
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-fast test-e2e check bench lock image image-test clean
+.PHONY: help serve demo test test-fast test-e2e check bench lock image-test clean
 
 help: ## What there is to do
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,7 +34,7 @@ bench: $(DEV)/installed ## What is claimed, measured
 	$(DEV)/bin/python -m benchmarks.credit_auc
 	$(DEV)/bin/python -m benchmarks.start
 
-image-test: ## Build the container image, start it, predict from outside
+image-test: ## Build the container image, start it, predict from outside, print its size
 	deploy/image-test
 
 lock: ## Choose the newest versions anew and pin them in constraints.txt
