@@ -60,7 +60,12 @@ class Converted:
 
 
 def convert(
-    module: nn.Module, inputs: Sequence[Tensor], *, input_names: Sequence[str], output_names: Sequence[str]
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    wrapped: str = "",
 ) -> Converted:
     """Convert a network to ONNX.
 
@@ -69,28 +74,26 @@ def convert(
         inputs: sample rows for each argument of `forward`, with the batch axis first; not changed. Only their shapes
             beyond that axis and their dtypes matter.
         input_names, output_names: how the graph calls its inputs and its (flattened) outputs.
+        wrapped: the path of the network proper inside `module`; layers are named from there.
 
     Raises:
         Refused: part of the network is in training mode, running statistics are missing or not usable, the network
             cannot be traced with a batch of any length, or the ONNX model is not what rule 3 promises.
     """
-    _require_eval(module)
-    _require_statistics(module)
+    parts = [(_short(path, wrapped), part) for path, part in module.named_modules()]
+    norms = {path: part for path, part in parts if isinstance(part, _BatchNorm)}
+    _require_eval(parts)
+    _require_statistics(parts, norms)
     traced, program = _traced(module, inputs, input_names, output_names)
-    paths = _first_names(module)
+    paths = _layer_paths(module, wrapped)
     model = _tidied(program.model, paths)
     _require_batch_axes(model)
-    layers = _checked_layers(module, model, _translated(traced, paths))
+    used = _checked_layers(norms, model, _translated(traced, paths))
     return Converted(
         model=model,
-        layers=tuple(summary(path, norm) for path, norm in layers.items()),
-        unused=tuple(path for path, _ in batchnorms(module) if path not in layers),
+        layers=tuple(summary(path, norm) for path, norm in used.items()),
+        unused=tuple(path for path in norms if path not in used),
     )
-
-
-def batchnorms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    """Every BatchNorm layer by its path, once each."""
-    yield from ((path, part) for path, part in module.named_modules() if isinstance(part, _BatchNorm))
 
 
 def summary(path: str, norm: _BatchNorm) -> LayerSummary:
@@ -134,11 +137,15 @@ def _initial_weight(momentum: float | None, count: int | None) -> float | None:
     return float((1 - momentum) ** count)
 
 
+def _short(path: str, wrapped: str) -> str:
+    return "" if path == wrapped else path.removeprefix(f"{wrapped}.")
+
+
 # May we?
 
 
-def _require_eval(module: nn.Module) -> None:
-    training = [(path or "the network itself", part) for path, part in module.named_modules() if part.training]
+def _require_eval(parts: Sequence[tuple[str, nn.Module]]) -> None:
+    training = [(path or "the network itself", part) for path, part in parts if part.training]
     if training:
         named = ", ".join(f"'{path}' ({type(part).__name__})" for path, part in training[:5])
         more = f" and {len(training) - 5} more" if len(training) > 5 else ""
@@ -148,11 +155,11 @@ def _require_eval(module: nn.Module) -> None:
         )
 
 
-def _require_statistics(module: nn.Module) -> None:
-    for path, part in module.named_modules():
+def _require_statistics(parts: Sequence[tuple[str, nn.Module]], norms: Mapping[str, _BatchNorm]) -> None:
+    for path, part in parts:
         if any(is_lazy(value) for value in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
             raise Refused(f"layer '{path}' has no shape yet; load its weights, or run the network, before the export")
-    for path, norm in batchnorms(module):
+    for path, norm in norms.items():
         if norm.running_mean is None or norm.running_var is None:
             raise Refused(
                 f"BatchNorm layer '{path}' has no running statistics (track_running_stats=False): in eval mode too it "
@@ -179,7 +186,7 @@ def _traced(
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
-                _spelled_out(module),
+                copy.deepcopy(module).cpu().requires_grad_(False),
                 tuple(_two_rows(tensor) for tensor in inputs),
                 dynamo=True,
                 optimize=False,
@@ -200,24 +207,8 @@ def _traced(
     return program.exported_program.graph, program
 
 
-def _spelled_out(module: nn.Module) -> nn.Module:
-    """A copy on the CPU where every BatchNorm has a gamma and a beta.
-
-    For `affine=False` the exporter would compute gamma = 1 and beta = 0 in the graph, from the shape of the input, by
-    eight nodes that say nothing.
-    """
-    duplicate = copy.deepcopy(module).cpu().requires_grad_(False)
-    for _, norm in batchnorms(duplicate):
-        if not norm.affine:
-            _, var_C = _statistics(norm)
-            norm.affine = True
-            norm.weight = nn.Parameter(torch.ones_like(var_C), requires_grad=False)
-            norm.bias = nn.Parameter(torch.zeros_like(var_C), requires_grad=False)
-    return duplicate
-
-
 def _two_rows(tensor: Tensor) -> Tensor:
-    """At least two rows: an axis of one is taken for a constant by the tracer."""
+    """At least two rows: recurrent and attention layers take an axis of one for a constant when they are traced."""
     tensor = tensor.detach().cpu()
     return tensor[:4].clone() if tensor.shape[0] >= 2 else torch.cat([tensor, tensor])
 
@@ -242,9 +233,9 @@ def _root(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else Exception(str(error))
 
 
-def _first_names(module: nn.Module) -> dict[str, str]:
-    """Every path of every module, with the path that `named_modules` gives it: a shared module has several."""
-    first = {part: path for path, part in module.named_modules()}
+def _layer_paths(module: nn.Module, wrapped: str) -> dict[str, str]:
+    """For every path of every module the one to name it by: a module that is used twice has several."""
+    first = {part: _short(path, wrapped) for path, part in module.named_modules()}
     return {path: first[part] for path, part in module.named_modules(remove_duplicate=False)}
 
 
@@ -264,7 +255,11 @@ def _layer(scopes: Sequence[str], paths: Mapping[str, str]) -> str:
 
 
 def _tidied(exported: onnx_ir.Model, paths: Mapping[str, str]) -> onnx.ModelProto:
-    """The model with its constants computed, its nodes named for their modules and the exporter's notes gone."""
+    """The model with its constants computed, its nodes named for their modules and the exporter's notes gone.
+
+    Constants are computed, and nothing else: for `affine=False` the exporter writes eight nodes that make gamma = 1 and
+    beta = 0 from the shape of the input. Its rewrite rules would fold BatchNorm as well.
+    """
     onnxscript.optimizer.fold_constants(exported)
     RemoveUnusedNodesPass()(exported)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(exported)
@@ -321,8 +316,10 @@ def _require_batch_axes(model: onnx.ModelProto) -> None:
                 )
 
 
-def _checked_layers(module: nn.Module, model: onnx.ModelProto, translated: Counter[str]) -> dict[str, _BatchNorm]:
-    """The BatchNorm modules of the graph by path, each found there as often as it was called, with its own numbers."""
+def _checked_layers(
+    norms: Mapping[str, _BatchNorm], model: onnx.ModelProto, translated: Counter[str]
+) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers of the graph, each found there as often as it was called, with its own numbers."""
     onnx.checker.check_model(model, full_check=True)
     found = scan(model)
     if found.faults:
@@ -334,7 +331,7 @@ def _checked_layers(module: nn.Module, model: onnx.ModelProto, translated: Count
             f"BatchNorm layer '{layer}' runs {translated[layer]} time(s) in the network, but the exported graph has "
             f"{nodes[layer]} BatchNormalization node(s) for it: the exporter did not keep them"
         )
-    layers = {path: norm for path, norm in batchnorms(module) if path in nodes}
+    layers = {path: norm for path, norm in norms.items() if path in nodes}
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for node in _normalisations(model):
         path = _layer_of(node)

@@ -6,9 +6,9 @@
 
 Measuring is apart from judging: `measure` runs everything and returns figures, `refusal` reads them.
 
-The batch sizes are there because code may branch on the batch size (`if len(x) > 1: x = norm(x)` exports without a
-word), the levels because a fusion is a change of the graph like any other, and the rows are real ones because noise
-does not reach the values where statistics matter.
+The batch sizes are there because code may branch on the number of rows (`self.norm(x) if x.shape[0] != 1 else x` is
+exported without a word), the levels because a fusion is a change of the graph like any other, and the rows are real
+ones because noise does not reach the values where the statistics matter.
 """
 
 from __future__ import annotations
@@ -82,18 +82,15 @@ class Parity:
 
     def _figures_of(self, name: str) -> Iterator[ParityFigure]:
         bound = self.bounds[name]
-        yield ParityFigure(
-            name=f"{name}: PyTorch against the same network in float64", difference=self.torch_errors[name], bound=bound
-        )
-        yield ParityFigure(
-            name=f"{name}: PyTorch, few rows against all rows",
-            difference=self.torch_batch_effects[name],
-            bound=2 * bound,
-        )
+        kinds = {
+            "PyTorch and float64": (self.torch_errors[name], bound),
+            "PyTorch in other batches": (self.torch_batch_effects[name], 2 * bound),
+        }
         for level in LEVELS:
             worst = max(d.largest for d in self.differences if (d.output, d.level) == (name, level))
-            kind = f"{name}: ONNX at optimisation '{level}' against PyTorch"
-            yield ParityFigure(name=kind, difference=worst, bound=2 * bound)
+            kinds[f"ONNX, optimisation {level}"] = (worst, 2 * bound)
+        for kind, (difference, allowed) in kinds.items():
+            yield ParityFigure(name=f"{name}, {kind}", difference=difference, bound=allowed)
 
 
 def measure(module: nn.Module, model: onnx.ModelProto, inputs: Sequence[Tensor], output_names: Sequence[str]) -> Parity:
