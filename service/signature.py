@@ -166,7 +166,10 @@ class Signature(_Value):
 
     def example(self) -> dict[str, float | str | None]:
         """A sample that the model accepts, by feature names: a real row of the training table."""
-        return {feature.name: feature.example for feature in self.features or ()}
+        return {
+            feature.name: int(value) if isinstance(value := feature.example, float) and value.is_integer() else value
+            for feature in self.features or ()
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
