@@ -264,6 +264,40 @@ def test_a_bundle_that_is_not_admitted_leaves_nothing(tmp_path: Path, monkeypatc
     assert list((tmp_path / "models").iterdir()) == []
 
 
+def test_what_was_written_is_what_is_admitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are read back and led through the doors before they get their place: a bit that fell over is found."""
+    write = bundle.write
+
+    def write_badly(folder: Path, **parts: Any) -> None:
+        write(folder, **parts)
+        content = bytearray((folder / "model.onnx").read_bytes())
+        content[-1] ^= 1
+        (folder / "model.onnx").write_bytes(content)
+
+    monkeypatch.setattr(bundle, "write", write_badly)
+    with pytest.raises(AdmissionRefused):
+        export_checkpoint(written(tmp_path, made()), name="credit", models=tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_torch_has_one_thread_for_that_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums have one order, on any machine; afterwards the caller has its threads again."""
+    seen: list[int] = []
+
+    def measure(*_: object) -> object:
+        seen.append(torch.get_num_threads())
+        raise Refused("seen enough")
+
+    monkeypatch.setattr(parity, "measure", measure)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(Refused, match="seen enough"):
+            export_checkpoint(written(tmp_path, made()), name="credit", models=tmp_path / "models")
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_version_is_never_replaced(credit: Credit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even when another export takes it between the look and the move."""
     exported, _, trained = credit

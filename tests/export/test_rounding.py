@@ -57,15 +57,14 @@ class Alone(nn.Module):
         return self.operator(x)
 
 
-def weights(*shape: int) -> Tensor:
-    return rows(*shape, mean=0.1, std=1.0, seed=5)
-
+# made here, because an operator that makes them would be watched as well
+WEIGHT, BIAS, KERNEL = (rows(*shape, mean=0.1, std=1.0, seed=5) for shape in ((9, 30), (9,), (1, 1, 7)))
 
 OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "linear": lambda x: torch.nn.functional.linear(x, weights(9, 30).type_as(x), weights(9).type_as(x)),
-    "matmul": lambda x: x @ weights(30, 8).type_as(x),
-    "convolution": lambda x: torch.conv1d(x[:, None], weights(4, 1, 7).type_as(x)),
-    "transposed": lambda x: torch.conv_transpose1d(x[:, None], weights(1, 4, 7).type_as(x)),
+    "linear": lambda x: torch.nn.functional.linear(x, WEIGHT.type_as(x), BIAS.type_as(x)),
+    "matmul": lambda x: x @ WEIGHT.T.type_as(x),
+    "convolution": lambda x: torch.conv1d(x[:, None], KERNEL.type_as(x)),
+    "transposed": lambda x: torch.conv_transpose1d(x[:, None], KERNEL.type_as(x)),
     "sum": lambda x: x.sum(1),
     "mean": lambda x: x.mean(1),
     "cumulative sum": lambda x: x.cumsum(1),
