@@ -228,7 +228,7 @@ class _Progress:
         )
 
     def say(self, sentence: str) -> None:
-        self._bar.console.print(sentence, markup=False, highlight=False)
+        self._bar.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
 def _say_what_was_read(console: Console, read: Table, split: Split, plan: Plan) -> None:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,22 +95,18 @@ def export_checkpoint(
     divergence = _train_eval_divergence(trained, served, measured, report)
     contents = {bundle.MODEL_FILE: converted.model.SerializeToString(), **_golden_files(trained, served)}
     with _writable(models):
-        models.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=models, prefix=f".{name}.") as staging:
-            version = bundle.next_version(model_folder)
-            draft = _passport(
-                trained, converted, measured, contents, name=name, version=version, train_eval_divergence=divergence
-            )
-            staged = Path(staging) / version
-            admitted = _admitted(
-                Bundle(name=name, version=version, folder=staged, contents=contents, passport=draft), report
-            )
-            passport = draft.model_copy(update={"independence": admitted.independence})
-            bundle.write(staged, passport=passport, contents=contents)
-            admit(bundle.read(staged, name=name, version=version), place("cpu"))
-            _move(staged, model_folder / version)
-    size_bytes = sum(file.stat().st_size for file in (model_folder / version).rglob("*") if file.is_file())
-    return Exported(folder=model_folder / version, passport=passport, size_bytes=size_bytes)
+        version = bundle.next_version(model_folder)
+        place_of_it = model_folder / version
+        draft = _passport(
+            trained, converted, measured, contents, name=name, version=version, train_eval_divergence=divergence
+        )
+        admitted = _admitted(
+            Bundle(name=name, version=version, folder=place_of_it, contents=contents, passport=draft), report
+        )
+        passport = draft.model_copy(update={"independence": admitted.independence})
+        bundle.write(place_of_it, passport=passport, contents=contents, check=lambda read: admit(read, place("cpu")))
+    size_bytes = sum(file.stat().st_size for file in place_of_it.rglob("*") if file.is_file())
+    return Exported(folder=place_of_it, passport=passport, size_bytes=size_bytes)
 
 
 def _converted(trained: Checkpoint, served: Served, report: Callable[[Check], None]) -> Converted:
@@ -265,22 +259,13 @@ def card(document: Document) -> str:
     return "\n".join(said)
 
 
-def _move(staged: Path, folder: Path) -> None:
-    """Move a version to its place at once; a version that is there is never replaced."""
-    folder.parent.mkdir(exist_ok=True)
-    try:
-        os.rename(staged, folder)
-    except OSError as error:
-        if folder.exists():
-            raise WrongCall(f"another export has just taken version {folder.name}; run the command again") from error
-        raise
-
-
 @contextmanager
 def _writable(models: Path) -> Iterator[None]:
     """What the file system says, as a sentence."""
     try:
         yield
+    except FileExistsError as error:
+        raise WrongCall(f"another export has just taken this version: {error}; run the command again") from error
     except OSError as error:
         why = error.strerror or str(error)
         raise WrongCall(f"'{models}' cannot be written to: {why}; --models chooses another folder") from error

@@ -17,7 +17,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -30,14 +30,9 @@ from export.rounding import analyse, flattened
 from service.admission import largest_difference
 from service.bundle import ParityFigure, Tolerance
 from service.errors import Refused, first_line, listing
+from service.runtime import OnnxRuntime, Optimisation, place
 
-Level: TypeAlias = Literal["none", "basic", "extended", "all"]
-LEVELS: dict[Level, str] = {
-    "none": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "all": "ORT_ENABLE_ALL",
-}
+LEVELS: tuple[Optimisation, ...] = ("none", "basic", "extended", "all")
 Arrays: TypeAlias = list[NDArray[Any]]
 
 BATCH_SIZES = (1, 2, 3)
@@ -50,7 +45,7 @@ class Difference:
 
     output: str
     batch_size: int
-    level: Level
+    level: Optimisation
     largest: float
 
 
@@ -107,7 +102,8 @@ def measure(module: nn.Module, model: onnx.ModelProto, inputs: Sequence[Tensor],
     wanted, again = torch_outputs(module, inputs), torch_outputs(module, inputs)
     effects = [0.0] * len(wanted)
     differences: list[Difference] = []
-    sessions = {level: _session(model.SerializeToString(), level) for level in LEVELS}
+    content, cpu = model.SerializeToString(), place("cpu")
+    runtimes = {level: OnnxRuntime(content, cpu, threads=1, optimisation=level) for level in LEVELS}
     for size in sorted({*BATCH_SIZES, len(inputs[0])}):
         worst = {level: [0.0] * len(wanted) for level in LEVELS}
         for rows in _batches(len(inputs[0]), size):
@@ -115,11 +111,10 @@ def measure(module: nn.Module, model: onnx.ModelProto, inputs: Sequence[Tensor],
             with _failing_is_refused("PyTorch", size):
                 torch_gave = torch_outputs(module, batch)
             _raise_to(effects, torch_gave, [output[rows] for output in wanted])
-            arrays = (tensor.detach().cpu().numpy() for tensor in batch)
-            feeds = {value.name: array for value, array in zip(model.graph.input, arrays, strict=True)}
-            for level, session in sessions.items():
+            arrays = [tensor.detach().cpu().numpy() for tensor in batch]
+            for level, runtime in runtimes.items():
                 with _failing_is_refused(f"the ONNX model at optimisation '{level}'", size):
-                    onnx_gave = session.run(list(output_names), feeds)
+                    onnx_gave = runtime.run(arrays)
                 _raise_to(worst[level], onnx_gave, torch_gave)
         differences.extend(
             Difference(output=name, batch_size=size, level=level, largest=largest)
@@ -222,14 +217,3 @@ def _batches(rows: int, size: int) -> Iterator[list[int]]:
 def _raise_to(worst: list[float], got: Arrays, wanted: Arrays) -> None:
     for i, (one, other) in enumerate(zip(got, wanted, strict=True)):
         worst[i] = max(worst[i], largest_difference(one, other))
-
-
-def _session(model: bytes, level: Level) -> Any:
-    """An onnxruntime session on the CPU; each level is something that some server uses."""
-    import onnxruntime  # here, after `service.runtime` (through `service.admission`) has switched its telemetry off
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[level])
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only: what matters is raised
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

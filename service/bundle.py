@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -251,12 +251,19 @@ def golden_files(inputs: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]
     }
 
 
-def write(folder: Path, *, passport: Passport, contents: Mapping[str, bytes]) -> None:
+def write(
+    folder: Path,
+    *,
+    passport: Passport,
+    contents: Mapping[str, bytes],
+    check: Callable[[Bundle], object] = lambda _: None,
+) -> None:
     """Write a bundle whole.
 
     Args:
         folder: `models/NAME/VERSION`, which must not be there yet.
         contents: every file but the passport, by path inside the folder; the passport holds their digests.
+        check: is given the bundle as it was read back from the disk; if it raises, there is no bundle.
 
     Raises:
         FileExistsError: the version is already there.
@@ -267,6 +274,7 @@ def write(folder: Path, *, passport: Passport, contents: Mapping[str, bytes]) ->
             (beside / path).parent.mkdir(parents=True, exist_ok=True)
             (beside / path).write_bytes(content)
         (beside / PASSPORT_FILE).write_text(passport.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        check(read(beside, name=passport.name, version=passport.version))
 
 
 def checked_name(name: str) -> str:

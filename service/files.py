@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -49,11 +49,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-        if path.exists():
-            raise FileExistsError(f"{path} is already there; a version is never overwritten")
-        os.rename(beside, path)
+        try:
+            os.rename(beside, path)  # onto a folder that holds something it fails
+        except OSError as error:
+            if path.exists():
+                raise FileExistsError(f"{path} is already there; a version is never overwritten") from error
+            raise
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError):
+            path.parent.rmdir()  # where nothing else is in it
         raise
     _sync_folder(path.parent)
 

@@ -45,7 +45,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="no space"):
         fails_half_way()
-    assert list((tmp_path / "models" / "m").iterdir()) == []
+    assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_a_folder_being_written_is_not_a_version(tmp_path: Path) -> None:
