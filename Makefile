@@ -19,11 +19,11 @@ demo: $(DEV)/installed ## The whole road: train, export, admission, serve, predi
 	@scripts/demo $(DEV)/bin
 
 test: $(DEV)/installed ## Every test, fast ones first
-	$(DEV)/bin/python -m pytest
+	$(DEV)/bin/python -m pytest -n auto
 	$(DEV)/bin/python -m pytest -m "e2e or slow"
 
 test-fast: $(DEV)/installed ## The fast tests alone
-	$(DEV)/bin/python -m pytest
+	$(DEV)/bin/python -m pytest -n auto
 
 check: $(DEV)/installed ## Lint, format and types
 	$(DEV)/bin/ruff check .

@@ -22,6 +22,10 @@ from export.options import Norm
 
 Size = Annotated[int, Field(ge=1)]
 
+EMBEDDING_STD = 0.1
+"""How far apart categories are before anything is learned. PyTorch draws them with 1, as large as the standardised
+numbers beside them, and what is drawn drowns what few rows teach. Chosen by cross-validation on the credit table."""
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,7 +48,7 @@ class TabularNetConfig(_Config):
     outputs: Size
     """The number of classes; 1 for a number."""
     target: Literal["classes", "number"] = "classes"
-    hidden: tuple[Size, ...] = (64,)
+    hidden: tuple[Size, ...] = (32, 16)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     standardise_eps: Annotated[float, Field(gt=0)] = 1e-5
 
@@ -100,6 +104,8 @@ class TabularNet(nn.Module):
             nn.Embedding(cardinality, size)
             for cardinality, size in zip(config.cardinalities, config.embedding_sizes, strict=True)
         )
+        for weight in self.embeddings.parameters():
+            nn.init.normal_(weight, std=EMBEDDING_STD)
         widths = [n + sum(config.embedding_sizes), *config.hidden]
         self.blocks = nn.Sequential(
             *(_dense(wide, narrow, config) for wide, narrow in zip(widths, config.hidden, strict=False))

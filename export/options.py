@@ -49,19 +49,19 @@ class TrainingOptions:
 
     seed: Annotated[int, Parameter(validator=Number(gte=0, lt=2**32))] = 0
     """Decides the split, the initial weights and the order of rows; the same seed gives the same weights."""
-    epochs: Annotated[int, Parameter(validator=_AtLeastOne)] = 200
+    epochs: Annotated[int, Parameter(validator=_AtLeastOne)] = 500
     """The most passes over the training rows."""
     patience: Annotated[int, Parameter(validator=_AtLeastOne)] = 20
     """Stop when the validation loss has not improved for so many epochs."""
     batch_size: Annotated[int, Parameter(validator=Number(gte=2))] = 32
     """Rows in a training batch; a single row left over joins the batch before it."""
-    hidden: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="", validator=_AtLeastOne)] = (64,)
-    """Sizes of the hidden layers: --hidden 64 32"""
+    hidden: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="", validator=_AtLeastOne)] = (32, 16)
+    """Sizes of the hidden layers: --hidden 128 64"""
     norm: Norm = "before"
     """Where the hidden layers have their BatchNorm, seen from the activation."""
     dropout: Annotated[float, Parameter(validator=Number(gte=0, lt=1))] = 0.5
     """The share of activations dropped in training."""
-    learning_rate: Annotated[float, Parameter(validator=Number(gt=0))] = 0.002
+    learning_rate: Annotated[float, Parameter(validator=Number(gt=0))] = 0.0005
     """AdamW's step size."""
     weight_decay: Annotated[float, Parameter(validator=_FromZero)] = 0.1
     """AdamW's pull of the weights of linear layers and embeddings towards zero."""

@@ -206,9 +206,7 @@ _BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "_nat
 # fmt: on
 
 
-def _error(
-    func: Any, args: Arguments, kwargs: Mapping[str, Any], y: Tensor, dtype: type[np.floating[Any]]
-) -> Tensor:
+def _error(func: Any, args: Arguments, kwargs: Mapping[str, Any], y: Tensor, dtype: type[np.floating[Any]]) -> Tensor:
     """The size of the error in each element of y, in y's shape or one that spreads to it."""
     u = float(np.finfo(dtype).eps) / 2  # finfo's eps is the gap after 1; rounding to nearest errs by half of it
     op = func.overloadpacket.__name__

@@ -441,7 +441,9 @@ def plan(table: Table, training: Rows) -> Plan:
         raise WrongCall(f"no column is left to predict '{table.target.name}' from: {reasons or 'there is no other'}")
     missing = pl.DataFrame(kept).select(pl.sum_horizontal(pl.all().is_null().cast(pl.Int64))).to_series()
     row = int(missing.arg_min() or 0)  # the first row with the fewest missing values
-    means = {column.name: float(np.mean(column.drop_nulls().to_numpy())) for column in kept if column.dtype == pl.Float64}
+    means = {
+        column.name: float(np.mean(column.drop_nulls().to_numpy())) for column in kept if column.dtype == pl.Float64
+    }
     for column in kept:
         if column.name in means and not column.null_count() and (count := table.columns[column.name].null_count()):
             notes.append(

@@ -103,9 +103,7 @@ def examples(encoded: Mapping[str, NDArray[Any]], answers: NDArray[Any], rows: N
 def joined(one: Examples, other: Examples) -> Examples:
     """The rows of both."""
     inputs = zip(one.inputs, other.inputs, strict=True)
-    return Examples(
-        inputs=tuple(torch.cat(pair) for pair in inputs), answers=torch.cat([one.answers, other.answers])
-    )
+    return Examples(inputs=tuple(torch.cat(pair) for pair in inputs), answers=torch.cat([one.answers, other.answers]))
 
 
 def configure(

@@ -109,7 +109,7 @@ def test_every_feature_counts(index: int) -> None:
 def test_batchnorm_stands_where_it_was_asked_for(norm: Norm, layers: list[str]) -> None:
     """'before' and 'after' are seen from the activation; the settings of the layers are those of the configuration."""
     network = tabular(norm=norm)
-    assert [type(layer).__name__ for layer in network.blocks[0]] == layers  # type: ignore[arg-type]  # a Sequential
+    assert [type(layer).__name__ for layer in network.blocks[0].children()] == layers
     hidden = [module for path, module in network.named_modules() if path.endswith(".norm")]
     assert [(module.eps, module.momentum, module.num_features) for module in hidden] == (
         [] if norm == "none" else [(0.03, 0.27, 7), (0.03, 0.27, 5)]
@@ -252,6 +252,14 @@ def test_the_served_form_is_exported_in_eval_mode_only() -> None:
     network.blocks[1].train()
     with pytest.raises(Refused, match=r"network\.blocks\.1"):
         convert(served, rows(3, (4, 6)), input_names=["a", "b"], output_names=served.output_names)
+
+
+def test_embeddings_start_small_beside_the_standardised_numbers() -> None:
+    """Before training, categories are a tenth of a standard deviation apart."""
+    torch.manual_seed(1)
+    config = TabularNetConfig(n_continuous=0, cardinalities=(4000,), embedding_sizes=(9,), outputs=2)
+    weight = TabularNet(config).state_dict()["embeddings.0.weight"]
+    assert float(weight.std()) == pytest.approx(0.1, abs=4 * 0.1 / (2 * weight.numel()) ** 0.5)  # four standard errors
 
 
 def test_embedding_sizes_grow_with_the_categories_and_end() -> None:

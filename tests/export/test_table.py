@@ -161,7 +161,17 @@ def test_codes_that_missing_values_made_floats_are_whole_numbers_again() -> None
         ([date(2024, 1, 1)] * 60, "holds Date, which is neither a number nor a category"),
         ([[1, 2]] * 60, "neither a number nor a category"),
     ],
-    ids=["constant", "one text", "constant in float32", "nulls", "empty texts", "row numbers", "names", "dates", "lists"],
+    ids=[
+        "constant",
+        "one text",
+        "constant in float32",
+        "nulls",
+        "empty texts",
+        "row numbers",
+        "names",
+        "dates",
+        "lists",
+    ],
 )
 def test_a_column_that_tells_nothing_is_left_out_with_its_reason(
     column: list[Any], reason: str, tmp_path: Path
@@ -197,16 +207,17 @@ def test_text_that_is_nearly_numbers_is_pointed_at(tmp_path: Path) -> None:
 # Missing values and ranges
 
 
-def test_a_missing_number_is_the_mean_of_the_training_rows() -> None:
+def test_a_missing_number_is_the_mean_of_the_training_rows(tmp_path: Path) -> None:
     """Null and NaN alike; only where training had them does the service take null."""
     size = [None if i % 7 == 0 else float("nan") if i % 11 == 0 else 3.0 * i + 1 for i in range(60)]
-    table, parts, features = learned(flats(size_m2=size).with_columns(pl.col("size_m2").fill_nan(None)))
-    kept = [size[i] for i in parts.training if size[i] is not None and not np.isnan(size[i] or 0.0)]
+    flats(size_m2=size).write_parquet(tmp_path / "flats.parquet")
+    table, parts, features = learned(read(tmp_path / "flats.parquet"))
+    kept = [value for i in parts.training if (value := size[i]) is not None and not np.isnan(value)]
     first, second = features.features[:2]
     assert isinstance(first, ContinuousFeature)
     assert isinstance(second, ContinuousFeature)
-    assert first.missing == pytest.approx(np.mean(kept), rel=1e-12)  # type: ignore[arg-type]  # no None is left
-    assert (first.minimum, first.maximum) == (min(kept), max(kept))  # type: ignore[type-var]  # no None is left
+    assert first.missing == pytest.approx(np.mean(kept), rel=1e-12)
+    assert (first.minimum, first.maximum) == (min(kept), max(kept))
     assert second.missing is None
     assert features.encode(table.columns)["continuous"][0, 0] == np.float32(first.missing)
 
@@ -254,7 +265,7 @@ def test_nothing_is_learned_from_rows_that_are_held_out() -> None:
     ("columns", "options", "complaint"),
     [
         ({"size_m2": [float("inf")] + [1.0, 2.0] * 29 + [0.0]}, {}, "'size_m2' holds inf; a number must be finite"),
-        ({"size_m2": [1e39] + [1.0, 2.0] * 29 + [0.0]}, {}, "fit 32-bit floating point"),
+        ({"size_m2": [1e39] + [1.0, 2.0] * 29 + [0.0]}, {}, r"'size_m2' holds 1e\+39"),
         ({"size_m2": [1e25 * i for i in range(60)]}, {}, "whose square does not fit"),
         ({"size_m2": [1e-25 * i for i in range(60)]}, {}, "give it in another unit"),
         ({}, {"continuous": ("district",)}, "'district' holds '(Süd|Nord|West)', which is no number"),
@@ -363,11 +374,12 @@ def test_the_task_can_be_chosen() -> None:
     assert understand(frame, target="rent", options=TableOptions(task="regression")).task == "regression"
 
 
-def test_rows_without_an_answer_are_dropped_and_counted() -> None:
-    """Null, NaN and the empty text alike; the other rows keep their own answers."""
-    rent = [None if i % 6 == 0 else 10.5 * i for i in range(60)]
-    table = understand(flats(rent=rent, row=[i * 0.5 for i in range(60)]), target="rent", options=TableOptions())
-    assert table.notes[0] == "10 row(s) without 'rent' were dropped"
+def test_rows_without_an_answer_are_dropped_and_counted(tmp_path: Path) -> None:
+    """Null and NaN alike; the other rows keep their own answers."""
+    rent = [None if i % 6 == 0 else float("nan") if i == 1 else 10.5 * i for i in range(60)]
+    flats(rent=rent, row=[i * 0.5 for i in range(60)]).write_parquet(tmp_path / "flats.parquet")
+    table = understand(read(tmp_path / "flats.parquet"), target="rent", options=TableOptions())
+    assert table.notes[0] == "11 row(s) without 'rent' were dropped"
     np.testing.assert_array_equal(table.answers, table.columns["row"].to_numpy() * 21)
 
 

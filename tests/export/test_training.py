@@ -241,7 +241,7 @@ def test_categories_are_hidden_at_the_rate_asked_for() -> None:
     shown = masked((continuous, categorical), 3, 0.1, random)
     assert torch.equal(shown[0], continuous)
     assert bool((categorical == 4).all())
-    assert set(shown[1].unique().tolist()) == {0, 4}
+    assert set(shown[1].flatten().tolist()) == {0, 4}
     share = float((shown[1] == 0).double().mean())
     assert abs(share - 0.1) < 4 * (0.1 * 0.9 / 15000) ** 0.5  # four standard errors
 
@@ -249,24 +249,24 @@ def test_categories_are_hidden_at_the_rate_asked_for() -> None:
 def test_the_embedding_of_missing_is_learned() -> None:
     """Index 0 never occurs in these rows, yet its embedding moves; without masking it only decays."""
 
-    def moved(mask_rate: float) -> Tensor:
+    def moved(mask_rate: float) -> float:
         embeddings = []
         for epochs in (1, 6):
             options = replace(OPTIONS, epochs=epochs, mask_rate=mask_rate, weight_decay=0.0)
             # the kept epoch is the last one, because the statistics are not learned by then
             network = train(CONFIG, examples(), examples(40, seed=2), options).network
             embeddings.append(network.state_dict()["embeddings.0.weight"][0])
-        return (embeddings[0] - embeddings[1]).abs().max()
+        return float((embeddings[0] - embeddings[1]).abs().max())
 
-    assert float(moved(0.1)) > 0.01
-    assert float(moved(0.0)) == 0.0
+    assert moved(0.1) > 0.01
+    assert moved(0.0) == 0.0
 
 
 # How good it is
 
 
 def test_it_learns() -> None:
-    """Classes and numbers, from every feature: far better than the constant answer, with statistics that are learned."""
+    """Classes and numbers, from every feature, far better than the constant answer."""
     for target, metric in (("classes", "AUC"), ("number", "R2")):
         config = CONFIG.model_copy(update={} if target == "classes" else {"target": "number", "outputs": 1})
         known, validation, test = (examples(n, seed=s, target=target) for n, s in ((400, 1), (100, 2), (200, 3)))
