@@ -44,9 +44,7 @@ def main() -> None:
         "resident_mb": round(statistics.median(resident_mb), 1),
         **environment(),
     }
-    print(
-        f"first prediction after {report['first_prediction_s']} s (bar 1.5; the imports alone {report['imports_alone_s']})"
-    )
+    print(f"first prediction after {report['first_prediction_s']} s (bar 1.5), imports {report['imports_alone_s']} s")
     print(f"resident memory {report['resident_mb']} MB (bar 150)")
     print(json.dumps(report))
 
