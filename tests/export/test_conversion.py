@@ -87,9 +87,7 @@ def test_several_inputs_outputs_and_a_shared_layer() -> None:
     """A BatchNorm that is called twice under two names is two nodes of one layer; inputs share the batch axis."""
     inputs = tabular_inputs()
     network = settled(Tabular(), *inputs)
-    found = convert(
-        network, inputs, input_names=["continuous", "categorical"], output_names=["hidden", "value"]
-    )
+    found = convert(network, inputs, input_names=["continuous", "categorical"], output_names=["hidden", "value"])
     edge = (*found.model.graph.input, *found.model.graph.output)
     assert [value.name for value in edge] == ["continuous", "categorical", "hidden", "value"]
     assert {value.type.tensor_type.shape.dim[0].dim_param for value in edge} == {"batch"}
