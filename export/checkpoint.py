@@ -156,10 +156,12 @@ def write(folder: Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> N
         WrongCall: see `require_free`.
         OSError: the disk is full or not writable; what was there is still there.
     """
+    fresh, aside = (folder.with_name(f".{folder.name}.{state}") for state in ("fresh", "replaced"))
+    if aside.exists() and not folder.exists():
+        os.rename(aside, folder)  # an earlier write was killed between its two renames
     require_free(folder, overwrite=overwrite)
     inputs = [tensor.name for tensor in checkpoint.signature.inputs]
     samples = dict(zip(inputs, checkpoint.samples, strict=True))
-    fresh, aside = (folder.with_name(f".{folder.name}.{state}") for state in ("fresh", "replaced"))
     for leftover in (fresh, aside):
         shutil.rmtree(leftover, ignore_errors=True)
     replaced = folder.exists()

@@ -207,6 +207,15 @@ def test_writing_that_fails_leaves_what_was_there(trained: Path, monkeypatch: py
     assert list(trained.parent.iterdir()) == [trained]
 
 
+def test_a_kill_between_the_two_renames_loses_nothing(trained: Path) -> None:
+    """The checkpoint that had been moved aside is back before the next write begins."""
+    made = checkpoint.read(trained)
+    trained.rename(trained.with_name(f".{trained.name}.replaced"))
+    with pytest.raises(WrongCall, match="--overwrite"):
+        checkpoint.write(trained, made)
+    assert checkpoint.read(trained).document == made.document
+
+
 def test_the_verb_says_what_to_install(monkeypatch: pytest.MonkeyPatch, flats: Path) -> None:
     """Where the training half's libraries are missing, `evalmode train` names them and the extra."""
     monkeypatch.setattr(export_cli, "find_spec", lambda name: None if name == "torch" else object())
