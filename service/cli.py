@@ -28,17 +28,18 @@ app = App(
 The whole road:
 
 ```
-evalmode train data.csv --target COLUMN     # a table becomes a checkpoint
-evalmode export CHECKPOINT --name NAME      # a checkpoint becomes a bundle, through every check
-evalmode serve models                       # bundles become predictions over HTTP
+evalmode train data.csv --target COLUMN    # a table becomes a checkpoint
+evalmode export CHECKPOINT --name NAME     # a checkpoint becomes a bundle
+evalmode serve models                      # bundles answer over HTTP
 ```
 """,
     help_format="markdown",
     version=lambda: version("evalmode"),
     suppress_keyboard_interrupt=False,
 )
-for _verb in entry_points(group=VERBS_GROUP):
-    app.command(_verb.value, name=_verb.name)  # imported when it is called
+_VERBS = entry_points(group=VERBS_GROUP)
+for _verb in _VERBS:
+    app.command(_verb.value, name=_verb.name, help_epilogue="")  # imported when it is called
 
 
 def main() -> NoReturn:
@@ -48,6 +49,9 @@ def main() -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
+    if not arguments or arguments[0] in app.help_flags:
+        for verb in _VERBS:
+            _ = app[verb.name]  # imports it, for the line that says what it does
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:
@@ -85,9 +89,9 @@ ServiceSettings = Annotated[Settings | None, Parameter(name="*")]
 @app.command(
     help_epilogue="""
 ```
-evalmode serve models                       # a repository: NAME/VERSION/model.onnx
-evalmode serve models/credit/1 --port 0     # one bundle, on a free port
-evalmode serve model.onnx --device cpu      # any ONNX file
+evalmode serve models                      # a repository
+evalmode serve models/credit/1 --port 0    # one bundle, on a free port
+evalmode serve model.onnx --device cpu     # any ONNX file
 ```
 """
 )

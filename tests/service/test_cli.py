@@ -122,6 +122,19 @@ def test_auto_says_what_it_chose_and_why() -> None:
     assert placement.why.startswith("no usable GPU: ")
 
 
+def test_the_first_help_says_what_each_verb_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the training half too, which are imported for it."""
+    assert run([]) == 0
+    said = capsys.readouterr().out
+    for sentence in (
+        "Train a network with BatchNorm",
+        "Export a checkpoint",
+        "Serve a model repository",
+        "One prediction",
+    ):
+        assert sentence in said
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     """Each verb with an example to copy."""
     for verb in ("serve", "predict"):
