@@ -6,6 +6,7 @@ Rule 2: one version of a model is live: the newest that was admitted.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,21 @@ from service import bundle as bundles
 from service.admission import Admitted, admit
 from service.bundle import MODEL_FILE, NAME_PATTERN, Bundle
 from service.coalescing import INLINE_RUN_S, Coalescer
-from service.errors import AdmissionRefused, NotFound, NotReady, UnknownModel, UnknownVersion, WrongCall, listing
+from service.errors import (
+    AdmissionRefused,
+    NotFound,
+    NotReady,
+    UnknownModel,
+    UnknownVersion,
+    WrongCall,
+    first_line,
+    listing,
+)
 from service.runtime import Placement
 from service.settings import Settings
 from service.signature import SampleReader
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +176,10 @@ def _load(found: Found, placement: Placement, settings: Settings) -> Entry:
         admitted = admit(found.read(), placement, threads=settings.threads, max_batch_rows=settings.max_batch_rows)
     except AdmissionRefused as refusal:
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=str(refusal))
+    except Exception as error:  # a file that nobody foresaw must not keep the other models from being served
+        _log.exception("admission of %s/%s broke", found.name, found.version)
+        reason = f"not admitted: admission broke on it ({first_line(error)}); the log has the traceback"
+        return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
     coalescer = Coalescer(admitted.runtime, max_rows=admitted.max_batch_rows, inline=admitted.run_s < INLINE_RUN_S)
     reader = SampleReader(admitted.signature) if admitted.signature.features is not None else None
     live = Live(name=found.name, version=found.version, admitted=admitted, coalescer=coalescer, reader=reader)

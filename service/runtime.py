@@ -203,7 +203,7 @@ def _session_options(threads: int) -> onnxruntime.SessionOptions:
     options.inter_op_num_threads = 1
     # waiting threads of onnxruntime spin by default and take the CPU from everything else in the container
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors only: what matters is raised, and said in a sentence
+    options.log_severity_level = 4  # fatal only: an error is raised, and said in a sentence
     return options
 
 

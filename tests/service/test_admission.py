@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from service import bundle as bundles
-from service.admission import Admitted, admit, check_independence, largest_difference
+from service.admission import Admitted, admit, check_independence, largest_difference, reference_answers
 from service.bundle import MODEL_FILE, Bundle, Passport
 from service.errors import AdmissionRefused
 from service.runtime import place
@@ -168,8 +168,9 @@ def test_independence_notices_one_bit() -> None:
             return [tensors[0] + np.float32(2e-7) * tensors[0].sum()]
 
     rows = [np.linspace(1, 2, 24, dtype=np.float32).reshape(8, 3)]
+    reference = reference_answers(Leaky(), rows, 1)
     with pytest.raises(AdmissionRefused, match="mixes the rows"):
-        check_independence(Leaky(), rows, batch_sizes=(1, 2, 3), bounds=[1.0])
+        check_independence(Leaky(), rows, reference, batch_sizes=(1, 2, 3), bounds=[1.0])
 
 
 def test_independence_sees_a_leak_from_a_single_row() -> None:
@@ -186,8 +187,9 @@ def test_independence_sees_a_leak_from_a_single_row() -> None:
             return [y]
 
     rows = [np.linspace(1, 2, 24, dtype=np.float32).reshape(8, 3)]
+    reference = reference_answers(LastReachesFirst(), rows, 1)
     with pytest.raises(AdmissionRefused, match="mixes the rows"):
-        check_independence(LastReachesFirst(), rows, batch_sizes=(1, 2, 3, 7), bounds=[1.0])
+        check_independence(LastReachesFirst(), rows, reference, batch_sizes=(1, 2, 3, 7), bounds=[1.0])
 
 
 def test_one_golden_sample_gets_made_up_neighbours() -> None:
@@ -222,6 +224,58 @@ def mixing_table_model() -> onnx.ModelProto:
 def test_an_index_outside_the_table_does_not_stop_admission() -> None:
     """Made-up rows for integer inputs are small, so that a lookup of at least two entries takes them."""
     assert admitted(plain(graphs.embedding_model())).independence.kind == "exact"
+
+
+def without_inputs() -> onnx.ModelProto:
+    model = graphs.model([onnx.helper.make_node("Identity", ["w"], ["y"])], {"w": np.ones((2, 3), np.float32)})
+    del model.graph.input[:]
+    return model
+
+
+def with_fixed_beside_any() -> onnx.ModelProto:
+    model = graphs.model([onnx.helper.make_node("Add", ["x", "z"], ["y"])], {})
+    model.graph.input.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [1, 3]))
+    return model
+
+
+def relu(x: Sequence[Any], y: Sequence[Any]) -> onnx.ModelProto:
+    return graphs.model([onnx.helper.make_node("Relu", ["x"], ["y"])], {}, x=(onnx.TensorProto.FLOAT, x), y=y)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_fixed_batch_is_admitted_at_that_size(rows: int) -> None:
+    """Many exporters write the batch of their sample into the graph; it is served in batches of just that length."""
+    passed = admitted(plain(relu([rows, 3], [rows, 3])))
+    assert (passed.independence.batch_sizes, passed.max_batch_rows) == ((rows,), 1)
+
+
+def test_rows_of_different_shape_do_not_run_together() -> None:
+    """Two requests that differ in another axis cannot be one batch."""
+    assert admitted(plain(relu(["batch", "time"], ["batch", "time"]))).max_batch_rows == 1
+
+
+def test_weights_that_are_inputs_too_are_constants_here() -> None:
+    """Old exporters list them; to onnxruntime they are then inputs that anybody may override."""
+    model = graphs.batchnorm_model()
+    for name in ("gamma", "beta", "mean", "var"):
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [3]))
+    passed = admitted(plain(model))
+    assert [spec.name for spec in passed.runtime.inputs] == ["x"]
+    assert passed.independence.kind == "exact"
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (relu([], []), "input 'x' is a scalar"),
+        (without_inputs(), "no inputs"),
+        (graphs.model([onnx.helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)], {}, y=[]), "no batch axis"),
+        (with_fixed_beside_any(), "the first axis of every input is the batch"),
+    ],
+)
+def test_a_model_without_rows_is_refused(model: onnx.ModelProto, sentence: str) -> None:
+    """With a sentence, not with whatever breaks first."""
+    assert sentence in str(refusal(plain(model)))
 
 
 def test_the_passport_must_describe_this_graph() -> None:
