@@ -32,7 +32,14 @@ def create_app(repository: Repository, settings: Settings) -> Predictions:
 
 
 def _fastapi(repository: Repository) -> FastAPI:
-    app = FastAPI(title="evalmode", version=version("evalmode"), description=DESCRIPTION, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="evalmode",
+        version=version("evalmode"),
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     _add_documentation(app, repository)
     _add_health(app, repository)
     _add_metadata(app, repository)

@@ -176,6 +176,7 @@ def test_json_by_any_spelling_is_taken(repository: Repository, content_type: str
         ("GET", "/v2/models/nope", 404, "unknown_model"),
         ("GET", "/v2/models/credit/versions/7", 404, "unknown_version"),
         ("GET", "/nowhere", 404, "not_found"),
+        ("GET", "/v2/health/live/", 404, "not_found"),
         ("GET", "/predict", 405, "method_not_allowed"),
         ("DELETE", "/v2/models/credit/infer", 405, "method_not_allowed"),
         ("POST", "/v2/health/live", 405, "method_not_allowed"),
