@@ -13,12 +13,13 @@ import pytest
 from numpy.typing import NDArray
 
 from service import bundle as bundles
-from service.admission import Admitted, admit, check_independence, largest_difference, reference_answers
+from service.admission import Admitted, admit, admit_with, check_independence, largest_difference, reference_answers
 from service.bundle import MODEL_FILE, Bundle, Passport
 from service.errors import AdmissionRefused
 from service.runtime import place
 from tests import graphs
 from tests.bundles import probabilities, table_contents, table_model, table_passport, write_table_bundle
+from tests.fakes import FakeRuntime
 
 
 def plain(model: onnx.ModelProto) -> Bundle:
@@ -190,6 +191,23 @@ def test_independence_sees_a_leak_from_a_single_row() -> None:
     reference = reference_answers(LastReachesFirst(), rows, 1)
     with pytest.raises(AdmissionRefused, match="mixes the rows"):
         check_independence(LastReachesFirst(), rows, reference, batch_sizes=(1, 2, 3, 7), bounds=[1.0])
+
+
+@pytest.mark.parametrize(("by", "kind", "together"), [(0.0, "exact", 16), (2.0**-23, "bounded", 1)])
+def test_rows_run_together_only_where_that_changes_no_bit(by: float, kind: str, together: int) -> None:
+    """A runtime that rounds otherwise in company is admitted, with its figure, and runs each request alone."""
+
+    class RoundsOtherwise:
+        inputs = FakeRuntime.inputs
+        outputs = FakeRuntime.outputs
+        provider = "rounding"
+
+        def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+            return [tensors[0] * np.float32(1 if len(tensors[0]) == 1 else 1 + by)]
+
+    passed = admit_with(plain(graphs.batchnorm_model()), lambda _: RoundsOtherwise(), max_batch_rows=16)
+    assert (passed.independence.kind, passed.max_batch_rows) == (kind, together)
+    assert (passed.independence.bound > 0) == (kind == "bounded")
 
 
 def test_one_golden_sample_gets_made_up_neighbours() -> None:

@@ -135,6 +135,22 @@ def test_a_long_model_leaves_the_loop_free() -> None:
     assert turn_s < 0.1  # the loop turned while the model slept for 0.2 s
 
 
+def test_whoever_leaves_while_it_runs_does_not_harm_the_others() -> None:
+    """The batch is under way; the answer of the one who left is thrown away, the others get theirs."""
+    runtime = FakeRuntime(run_s=0.05)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=64, inline=False)
+        gone, stays = coalescer.submit(accepted(1)), coalescer.submit(accepted(2))
+        await asyncio.to_thread(runtime.started.wait)
+        gone.cancel()
+        assert float((await asyncio.wait_for(stays, timeout=5))[0][0, 0]) == 4.0
+        assert float((await asyncio.wait_for(coalescer.submit(accepted(3)), timeout=5))[0][0, 0]) == 6.0
+
+    asyncio.run(scenario())
+    assert runtime.batches == [2, 1]
+
+
 def test_the_loop_turns_between_batches() -> None:
     """A long queue of short batches does not keep health checks waiting until it is empty."""
     runtime = FakeRuntime()

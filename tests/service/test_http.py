@@ -95,6 +95,16 @@ def test_a_sample_is_answered_with_label_and_probabilities(repository: Repositor
     }
 
 
+def test_the_label_is_the_likeliest_class(repository: Repository) -> None:
+    """For samples on both sides."""
+    labels = set()
+    for housing in ("own", "rent"):
+        answer = post(repository, "/predict", {**SAMPLE, "housing": housing}).json()
+        assert answer["label"] == max(answer["probabilities"], key=answer["probabilities"].get)
+        labels.add(answer["label"])
+    assert labels == {"bad", "good"}
+
+
 def test_the_probabilities_are_the_exact_float32_values(repository: Repository) -> None:
     """No decimal rounding on the way: what JSON says is the very number the graph computed."""
     live = repository.only()
@@ -215,6 +225,28 @@ def test_a_body_that_lies_about_its_length_is_cut_off(repository: Repository) ->
 
     response = talk(repository, lambda client: client.post("/predict", content=chunks()))
     assert response.status_code == 413
+
+
+@pytest.mark.parametrize(("declared", "read"), [(str(10**9), 0), (None, 5), ("0", 5), ("-1", 5), ("x", 5)])
+def test_a_body_over_the_limit_is_not_read_to_its_end(repository: Repository, declared: str | None, read: int) -> None:
+    """Nothing of it where its length was declared, else as far as the limit: the sender cannot fill the memory."""
+    chunks_read, sent = 0, []
+
+    async def receive() -> dict[str, Any]:
+        nonlocal chunks_read
+        chunks_read += 1
+        return {"type": "http.request", "body": b" " * 1000, "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    if declared is not None:
+        headers.append((b"content-length", declared.encode()))
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers}
+    asyncio.run(create_app(repository, Settings(body_limit_bytes=LIMIT_BYTES))(scope, receive, send))
+    assert sent[0]["status"] == 413
+    assert chunks_read == read
 
 
 def test_every_answer_has_a_request_id(repository: Repository) -> None:

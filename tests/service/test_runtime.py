@@ -1,0 +1,74 @@
+"""The engine is told what it must not do by itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from service.errors import AdmissionRefused, RowsRejected
+from service.runtime import CPU_PROVIDER, CUDA_PROVIDER, OnnxRuntime, Placement, place, usable_cpus
+from tests import graphs
+
+has_gpu = place("auto").provider == CUDA_PROVIDER
+
+
+def runtime(placement: Placement | None = None) -> OnnxRuntime:
+    return OnnxRuntime(graphs.batchnorm_model().SerializeToString(), placement or place("cpu"), threads=1)
+
+
+def test_telemetry_is_off_before_the_engine_is_imported() -> None:
+    """Official builds report by default, and read the variable when they are loaded."""
+    program = """
+import os, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "onnxruntime":
+            print(os.environ.get("ORT_DISABLE_TELEMETRY"))
+sys.meta_path.insert(0, Watch())
+os.environ.pop("ORT_DISABLE_TELEMETRY", None)
+import service.runtime
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=True)
+    assert said.stdout.split() == ["1"]
+
+
+def test_waiting_threads_do_not_spin() -> None:
+    """They would take the CPU from everything else in the container."""
+    options = runtime()._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+@pytest.mark.skipif(has_gpu, reason="here onnxruntime can use a GPU")
+def test_another_provider_than_the_one_asked_for_is_refused() -> None:
+    """onnxruntime falls back to the CPU with a warning; here that is a refusal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(AdmissionRefused, match="to run on CUDAExecutionProvider, but onnxruntime put it on CPU"):
+            runtime(Placement(provider=CUDA_PROVIDER, why="a test"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu, reason="onnxruntime can use no GPU here")
+def test_a_gpu_computes_as_a_cpu_does() -> None:
+    """Float32 all the way: with TF32 the difference would be a thousand times this."""
+    x = np.random.default_rng(3).normal(4, 1, (64, 3)).astype(np.float32)
+    on_gpu, on_cpu = runtime(place("cuda")).run([x])[0], runtime().run([x])[0]
+    np.testing.assert_allclose(on_gpu, on_cpu, rtol=0, atol=8 * 2**-24 * 300)
+
+
+def test_the_provider_is_the_one_that_runs() -> None:
+    assert runtime().provider == CPU_PROVIDER
+
+
+def test_a_value_the_graph_cannot_take_is_told_from_a_failure() -> None:
+    lookup = OnnxRuntime(graphs.embedding_model().SerializeToString(), place("cpu"), threads=1)
+    with pytest.raises(RowsRejected, match="indices element out of data bounds"):
+        lookup.run([np.array([[7]], dtype=np.int64)])
+
+
+def test_at_least_one_cpu_is_usable() -> None:
+    assert usable_cpus() >= 1
