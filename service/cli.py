@@ -66,6 +66,8 @@ def run(arguments: list[str]) -> int:
         return _say(130, "interrupted")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
+    except OSError as error:  # no space, no permission
+        return _say(1, f"{error.strerror or error}{f': {error.filename!r}' if error.filename else ''}")
     return 0
 
 

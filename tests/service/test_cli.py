@@ -122,6 +122,17 @@ def test_auto_says_what_it_chose_and_why() -> None:
     assert placement.why.startswith("no usable GPU: ")
 
 
+def test_what_the_file_system_refuses_is_a_sentence(
+    tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def closed(_: Path) -> None:
+        raise PermissionError(13, "Permission denied", "models")
+
+    monkeypatch.setattr("service.repository.find", closed)
+    assert run(["predict", str(tmp_path), str(sample)]) == 1
+    assert capsys.readouterr().err == "evalmode: Permission denied: 'models'\n"
+
+
 def test_the_first_help_says_what_each_verb_does(capsys: pytest.CaptureFixture[str]) -> None:
     """Those of the training half too, which are imported for it."""
     assert run([]) == 0
