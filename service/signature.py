@@ -39,6 +39,9 @@ CATEGORICAL = "categorical"
 MISSING_INDEX = 0
 """The index of a categorical feature that is missing or whose category training never saw."""
 
+ECHO_LENGTH = 200
+"""The most characters of an unknown category that go back to the caller."""
+
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 # Open Inference Protocol datatype -> NumPy dtype. BYTES is a string tensor and has no fixed size.
@@ -226,7 +229,7 @@ class SampleReader:
                 category = _category(feature, value)
                 index = MISSING_INDEX if category is None else self._index[feature.name].get(category, MISSING_INDEX)
                 if index == MISSING_INDEX and category is not None:
-                    served_as_missing[feature.name] = category
+                    served_as_missing[feature.name] = category[:ECHO_LENGTH]
                 categorical.append(index)
             except RequestError as fault:
                 faults.append(fault)

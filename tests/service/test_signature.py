@@ -105,6 +105,10 @@ def test_an_unknown_category_is_served_as_missing_and_said() -> None:
     assert accepted.served_as_missing == {"purpose": "space travel"}
 
 
+def test_an_unknown_category_is_not_echoed_without_end() -> None:
+    assert READER.accept(changed(purpose="x" * 10**6)).served_as_missing == {"purpose": "x" * 200}
+
+
 def test_null_is_what_the_signature_says() -> None:
     """For a category null is 'missing', for a number it is the value that training put there."""
     accepted = READER.accept(changed(purpose=None, amount=None))
