@@ -6,7 +6,7 @@
 4. independence  a row's answer does not depend on the rows beside it
 
 Rule 1: an `Admitted` exists only if all doors were passed; nothing else is served.
-Rule 2: doors 3 and 4 run the very `Runtime` object that will answer requests.
+Rule 2: doors 3 and 4 run the very `Runtime` object that will answer requests, with its BatchNorm folded.
 Rule 3: a refusal is a sentence with the figure measured and the figure allowed.
 
 `evalmode export` ends with the same doors, so what is written is what will be admitted.
@@ -25,14 +25,20 @@ from numpy.typing import NDArray
 
 from service.bundle import Bundle, IndependenceFigure, ParityFigure, digest
 from service.errors import AdmissionRefused, first_line
+from service.folding import folded_if_same, trials
+from service.graph.fold import Fold
 from service.graph.scan import BatchNorm, scan
+from service.numerics import largest_difference, made_up_rows, rounding_bounds, same_bits
 from service.runtime import OnnxRuntime, Placement, Runtime
-from service.signature import DATATYPES, Signature, TensorSpec
+from service.signature import Signature, TensorSpec
 
 MakeRuntime = Callable[[bytes], Runtime]
 
 SUBJECTS = 8
 """Rows that independence is tried with: enough that each has different neighbours, few enough for a large model."""
+
+LONGEST_RUN_S = 1.0
+"""No batch is made that takes longer, as far as one row tells: a large network gains nothing by it, and all wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +49,9 @@ class Admitted:
     runtime: Runtime
     signature: Signature
     batchnorms: tuple[BatchNorm, ...]
+    """As they are in the file."""
+    folds: tuple[Fold, ...]
+    """What became of each of them in the graph that serves."""
     golden: tuple[ParityFigure, ...]
     """For each output, the largest distance from PyTorch over the golden samples; empty without golden samples."""
     golden_rows: int
@@ -50,7 +59,8 @@ class Admitted:
     run_s: float
     """How long one row takes: the median of several runs, after warm-up."""
     max_batch_rows: int
-    """The most rows that may run together; 1 where that would change a bit, or where rows differ in shape."""
+    """The most rows that may run together; 1 where that would change a bit, or where rows differ in shape. Fewer than
+    asked for where so many would take longer than `LONGEST_RUN_S`."""
 
 
 def admit(bundle: Bundle, placement: Placement, *, threads: int = 0, max_batch_rows: int = 64) -> Admitted:
@@ -71,27 +81,32 @@ def admit_with(bundle: Bundle, make_runtime: MakeRuntime, max_batch_rows: int) -
     model = sealed(bundle.model)
     batchnorms = check_structure(model)
     check_digest(bundle)
-    runtime = make_runtime(model.SerializeToString())
-    check_batch_axis(runtime.inputs)
-    signature = check_signature(bundle, runtime)
+    plain = make_runtime(model.SerializeToString())
+    check_batch_axis(plain.inputs)
+    signature = check_signature(bundle, plain)
     golden_inputs = bundle.golden("input")
+    served = folded_if_same(model, plain, make_runtime, trials(bundle, plain))
+    runtime = served.runtime
     golden = check_golden(bundle, runtime, golden_inputs)
     rows = _subjects(runtime.inputs, golden_inputs)
+    fixed = runtime.inputs[0].shape[0]
+    run_s = _median_run_s(runtime, [array[: max(fixed, 1)] for array in rows])
+    max_batch_rows = min(max_batch_rows, max(SUBJECTS, int(LONGEST_RUN_S / run_s)))
     sizes = batch_sizes(runtime.inputs, max_batch_rows)
     reference = reference_answers(runtime, rows, sizes[0])
     bounds = _rounding_bounds(bundle, model, runtime.outputs, reference)
     independence = check_independence(runtime, rows, reference, batch_sizes=sizes, bounds=bounds)
-    fixed = runtime.inputs[0].shape[0]
     stackable = all(spec.shape[0] == -1 and -1 not in spec.shape[1:] for spec in runtime.inputs)
     return Admitted(
         bundle=bundle,
         runtime=runtime,
         signature=signature,
         batchnorms=batchnorms,
+        folds=served.folds,
         golden=golden,
         golden_rows=golden_inputs[0].shape[0] if golden_inputs else 0,
         independence=independence,
-        run_s=_median_run_s(runtime, [array[: max(fixed, 1)] for array in rows]),
+        run_s=run_s,
         max_batch_rows=max_batch_rows if independence.kind == "exact" and stackable else 1,
     )
 
@@ -304,7 +319,7 @@ def _answers(runtime: Runtime, rows: Sequence[NDArray[Any]], places: NDArray[np.
 
 def _check_repeatable(runtime: Runtime, one: Sequence[NDArray[Any]], again: Sequence[NDArray[Any]]) -> None:
     for spec, first, second in zip(runtime.outputs, one, again, strict=True):
-        if not _same_bits(first, second):
+        if not same_bits(first, second):
             raise AdmissionRefused("independence", f"output '{spec.name}' is random: equal runs gave two answers")
 
 
@@ -312,7 +327,7 @@ def _check_undisturbed(
     runtime: Runtime, before: Sequence[NDArray[Any]], after: Sequence[NDArray[Any]], stay: NDArray[np.bool_]
 ) -> None:
     for spec, first, second in zip(runtime.outputs, before, after, strict=True):
-        if not _same_bits(first[stay], second[stay]):
+        if not same_bits(first[stay], second[stay]):
             difference = largest_difference(first[stay], second[stay])
             raise AdmissionRefused(
                 "independence",
@@ -336,86 +351,17 @@ def _subjects(inputs: Sequence[TensorSpec], golden_inputs: Sequence[NDArray[Any]
     return [np.concatenate(pair) for pair in zip(real, made_up_rows(shaped, count=missing), strict=True)]
 
 
-def made_up_rows(inputs: Sequence[TensorSpec], *, count: int) -> list[NDArray[Any]]:
-    """Rows for a model that came without samples: seeded noise for numbers, 0 and 1 for indices.
-
-    An axis of any length is 4 long. Large contrasts between rows make a neighbour's influence visible.
-    """
-    generator = np.random.default_rng(20260101)
-    arrays: list[NDArray[Any]] = []
-    for spec in inputs:
-        fixed = spec.shape[0] if spec.shape else -1
-        shape = (max(count, fixed), *(4 if axis == -1 else axis for axis in spec.shape[1:]))
-        dtype = DATATYPES[spec.datatype]
-        if dtype.kind == "f":
-            scales = np.geomspace(0.25, 4.0, shape[0]).reshape(-1, *([1] * (len(shape) - 1)))
-            arrays.append((generator.standard_normal(shape) * scales).astype(dtype))
-        elif dtype.kind == "O":
-            arrays.append(np.full(shape, "a", dtype=np.object_))
-        else:
-            arrays.append(generator.integers(0, 2, size=shape).astype(dtype))
-    return arrays
-
-
 def _rounding_bounds(
     bundle: Bundle, model: onnx.ModelProto, outputs: Sequence[TensorSpec], reference: Sequence[NDArray[Any]]
 ) -> list[float]:
     """How far another order of summation may move each output.
 
-    From the passport: twice its tolerance, for two answers that each lie within it of the true one. Without one: n u
-    times the largest output (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1), where n adds up
-    the lengths of all the sums of the graph. That leaves out its condition: it may refuse wrongly, but hardly admit.
+    From the passport: twice its tolerance, for two answers that each lie within it of the true one.
     """
     golden = bundle.passport.golden if bundle.passport else None
     if golden is not None:
         return [2 * golden.tolerances[spec.name].absolute for spec in outputs]
-    lengths = summation_length(model)
-    unit_roundoff = _coarsest_roundoff(model, outputs)
-    return [lengths * unit_roundoff * _largest(answers) for answers in reference]
-
-
-def _coarsest_roundoff(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> float:
-    """Half the distance from 1 to the next number, in the coarsest float type that the weights or outputs have."""
-    weights = {onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in model.graph.initializer}
-    floats = [dtype for dtype in (*weights, *(spec.dtype for spec in outputs)) if dtype.kind == "f"]
-    return max((float(np.finfo(dtype).eps) / 2 for dtype in floats), default=0.0)
-
-
-def summation_length(model: onnx.ModelProto) -> int:
-    """The lengths of the sums in MatMul, Gemm, Conv and ConvTranspose, added up; any other node counts 8 roundings."""
-    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    total = 0
-    for node in model.graph.node:
-        shape = sizes.get(node.input[1], ()) if len(node.input) > 1 else ()
-        match node.op_type:
-            case "Conv" if shape:
-                total += int(np.prod(shape[1:]))
-            case "MatMul" | "Gemm" | "ConvTranspose" if shape:
-                total += max(shape)
-            case _:
-                total += 8
-    return total
-
-
-def largest_difference(one: NDArray[Any], other: NDArray[Any]) -> float:
-    """The largest absolute difference of two arrays of equal shape; infinite where only one of them is not finite."""
-    if one.dtype.kind not in "fc":
-        return 0.0 if np.array_equal(one, other) else float("inf")
-    a, b = one.astype(np.float64), other.astype(np.float64)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    with np.errstate(invalid="ignore"):
-        difference = np.where(same, 0.0, np.abs(a - b))
-    return float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0))
-
-
-def _largest(output: NDArray[Any]) -> float:
-    return float(np.abs(output.astype(np.float64)).max(initial=0.0)) if output.dtype.kind == "f" else 0.0
-
-
-def _same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    if one.dtype == np.object_:
-        return bool(np.array_equal(one, other))
-    return one.shape == other.shape and one.tobytes() == other.tobytes()
+    return rounding_bounds(model, outputs, reference)
 
 
 def _run(runtime: Runtime, tensors: Sequence[NDArray[Any]], door: str) -> list[NDArray[Any]]:

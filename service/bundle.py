@@ -256,13 +256,16 @@ def write(
     *,
     passport: Passport,
     contents: Mapping[str, bytes],
+    unread: Mapping[str, bytes] | None = None,
     check: Callable[[Bundle], object] = lambda _: None,
 ) -> None:
     """Write a bundle whole.
 
     Args:
         folder: `models/NAME/VERSION`, which must not be there yet.
-        contents: every file but the passport, by path inside the folder; the passport holds their digests.
+        contents: every file that the service reads, by path inside the folder, but the passport, which holds their
+            digests.
+        unread: files for people, by path inside the folder.
         check: is given the bundle as it was read back from the disk; if it raises, there is no bundle.
 
     Raises:
@@ -270,7 +273,7 @@ def write(
         OSError: the disk is full or not writable; nothing is left behind.
     """
     with whole_folder(folder) as beside:
-        for path, content in contents.items():
+        for path, content in {**contents, **(unread or {})}.items():
             (beside / path).parent.mkdir(parents=True, exist_ok=True)
             (beside / path).write_bytes(content)
         (beside / PASSPORT_FILE).write_text(passport.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from service.admission import made_up_rows
 from service.errors import BadRequest, BodyTooLarge, Internal, NotFound, NotReady, RequestError, UnsupportedMediaType
+from service.numerics import made_up_rows
 from service.protocol import Parse, predict, v2
 from service.repository import Live
 from service.signature import CategoricalFeature, ClassTarget, ContinuousFeature, Feature, TensorSpec

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from export import batchnorm
 from export.conversion import convert
 from export.rounding import analyse
-from service.admission import admit, largest_difference
+from service.admission import admit
 from service.bundle import MODEL_FILE, Bundle
 from service.errors import AdmissionRefused, Refused
+from service.numerics import largest_difference
 from service.runtime import OnnxRuntime, place
 from tests import graphs
 from tests.conftest import Serve

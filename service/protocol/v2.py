@@ -103,6 +103,8 @@ def metadata(live: Live) -> dict[str, object]:
         "evalmode": {
             "provider": admitted.runtime.provider,
             "batchnorm_layers": len(admitted.batchnorms),
+            "folded": {found.layer: found.into for found in admitted.folds if found.into},
+            "kept": {found.layer: found.kept_because for found in admitted.folds if not found.into},
             "golden": {
                 "rows": admitted.golden_rows,
                 "differences": {figure.name: figure.difference for figure in admitted.golden},

@@ -13,9 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from service import bundle as bundles
-from service.admission import Admitted, admit, admit_with, check_independence, largest_difference, reference_answers
+from service.admission import Admitted, admit, admit_with, check_independence, reference_answers
 from service.bundle import MODEL_FILE, Bundle, Passport
 from service.errors import AdmissionRefused
+from service.numerics import largest_difference
 from service.runtime import place
 from tests import graphs
 from tests.bundles import probabilities, table_contents, table_model, table_passport, write_table_bundle
