@@ -79,19 +79,20 @@ class Analysis:
     """The largest absolute error to expect over all rows and elements of each output; 0 where it is not a float."""
 
 
-def analyse(module: nn.Module, inputs: Sequence[Tensor]) -> Analysis:
+def analyse(module: nn.Module, inputs: Sequence[Tensor], *, trials_per_axis: int = TRIALS_PER_AXIS) -> Analysis:
     """Bound the rounding of a network on these rows.
 
     Args:
         module: in eval mode, with weights in float32 or float16; not changed.
         inputs: rows for each argument of `forward`; not changed.
+        trials_per_axis: how often the network runs with random signs, for each of the three ways to draw them.
     """
     dtype = _working_dtype(module, inputs)
     duplicate = copy.deepcopy(module).cpu().double()
     rows = [_widened(tensor.detach().cpu()) for tensor in inputs]
-    exact = _outputs(duplicate, rows, _Exact())  # type: ignore[no-untyped-call]
+    exact = _outputs(duplicate, rows, Exact())  # type: ignore[no-untyped-call]
     moved_most = [0.0] * len(exact)
-    for seed in range(TRIALS_PER_AXIS * len(_SIGN_AXES)):
+    for seed in range(trials_per_axis * len(_SIGN_AXES)):
         moved = _outputs(duplicate, rows, _Perturbed(_NUMPY[dtype], _SIGN_AXES[seed % len(_SIGN_AXES)], seed))
         for i, (one, other) in enumerate(zip(exact, moved, strict=True)):
             if one.is_floating_point():
@@ -117,12 +118,12 @@ def _working_dtype(module: nn.Module, inputs: Sequence[Tensor]) -> torch.dtype:
 
 
 def _outputs(module: nn.Module, inputs: Sequence[Tensor], mode: TorchDispatchMode) -> tuple[Tensor, ...]:
-    with torch.no_grad(), _attention_in_parts(), mode:
+    with torch.no_grad(), attention_in_parts(), mode:
         return flattened(module(*inputs))
 
 
 @contextmanager
-def _attention_in_parts() -> Iterator[None]:
+def attention_in_parts() -> Iterator[None]:
     """Attention as the matrix products it is made of; a fused kernel would be one operator of unknown rounding."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -142,7 +143,7 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.dtype in _NARROW else tensor
 
 
-class _Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs every operator in float64, also where the network asks for less."""
 
     def __torch_dispatch__(
@@ -156,7 +157,10 @@ class _Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-class _Perturbed(_Exact):  # type: ignore[no-untyped-call]
+_Exact = Exact  # TODO remove
+
+
+class _Perturbed(Exact):  # type: ignore[no-untyped-call]
     """Adds to each result the error of its operator, under random signs."""
 
     def __init__(self, dtype: type[np.floating[Any]], sign_axis: int | None, seed: int) -> None:
