@@ -1,6 +1,6 @@
 """Is the ONNX model the network in eval mode? Measured on real rows, judged by the float error of this network on them.
 
-    measured   at batch 1, 2, 3 and all rows, at every optimisation level of onnxruntime:
+    measured   at batch 1, 2, 3 and the size of the sample, at every optimisation level of onnxruntime:
                the largest difference between the ONNX model and PyTorch in eval mode, for each output
     allowed    2 * bound: each of the two may be off the exact answer by `bound` (`export.rounding`)
 
@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from export.rounding import analyse, flattened
-from service.admission import largest_difference
+from export.rounding import TRIALS_PER_AXIS, analyse, flattened
 from service.bundle import ParityFigure, Tolerance
 from service.errors import Refused, first_line, listing
+from service.numerics import largest_difference
 from service.runtime import OnnxRuntime, Optimisation, place
 
 LEVELS: tuple[Optimisation, ...] = ("none", "basic", "extended", "all")
@@ -71,6 +71,12 @@ class Parity:
         return {name: Tolerance(absolute=2 * bound) for name, bound in self.bounds.items()}
 
     @property
+    def comparable(self) -> bool:
+        """Whether PyTorch itself answers as it should, so that a difference is the ONNX model's."""
+        exact = all(self.torch_errors[name] <= bound for name, bound in self.bounds.items())
+        return exact and not self.not_finite and not self.random
+
+    @property
     def figures(self) -> tuple[ParityFigure, ...]:
         """For the passport: the worst of each kind."""
         return tuple(figure for name in self.bounds for figure in self._figures_of(name))
@@ -88,48 +94,64 @@ class Parity:
             yield ParityFigure(name=f"{name}, {kind}", difference=difference, bound=allowed)
 
 
-def measure(module: nn.Module, model: onnx.ModelProto, inputs: Sequence[Tensor], output_names: Sequence[str]) -> Parity:
+def measure(
+    module: nn.Module,
+    model: onnx.ModelProto,
+    inputs: Sequence[Tensor],
+    output_names: Sequence[str],
+    *,
+    analysed_rows: int | None = None,
+    trials_per_axis: int = TRIALS_PER_AXIS,
+) -> Parity:
     """Run a network and its ONNX model on the same rows.
 
     Args:
         module: in eval mode; not changed.
         inputs: real rows for each argument of `forward`, as many in each; not changed.
+        analysed_rows: how many of them, from the front, the small batches and the float error analysis take; all of
+            them by default. The largest batch always has all.
+        trials_per_axis: of the float error analysis.
 
     Raises:
         Refused: PyTorch or the ONNX model fails on some number of rows. That they differ is for `refusal` to judge.
     """
-    analysis = analyse(module, inputs)
-    wanted, again = torch_outputs(module, inputs), torch_outputs(module, inputs)
+    rows = len(inputs[0])
+    few = min(rows, analysed_rows or rows)
+    first = [tensor[:few] for tensor in inputs]
+    analysis = analyse(module, first, trials_per_axis=trials_per_axis)
+    wanted = torch_outputs(module, inputs)
+    again = zip(torch_outputs(module, first), torch_outputs(module, first), strict=True)
     effects = [0.0] * len(wanted)
+    batches = [(size, picked) for size in BATCH_SIZES for picked in _batches(few, size)]
+    batches += [(rows, list(range(rows)))] if rows not in BATCH_SIZES else []
+    torch_gave: list[Arrays] = []
+    for size, picked in batches:
+        with _failing_is_refused("PyTorch", size):
+            torch_gave.append(torch_outputs(module, [tensor[picked] for tensor in inputs]))
+        _raise_to(effects, torch_gave[-1], [output[picked] for output in wanted])
     differences: list[Difference] = []
     content, cpu = model.SerializeToString(), place("cpu")
-    runtimes = {level: OnnxRuntime(content, cpu, threads=1, optimisation=level) for level in LEVELS}
-    for size in sorted({*BATCH_SIZES, len(inputs[0])}):
-        worst = {level: [0.0] * len(wanted) for level in LEVELS}
-        for rows in _batches(len(inputs[0]), size):
-            batch = [tensor[rows] for tensor in inputs]
-            with _failing_is_refused("PyTorch", size):
-                torch_gave = torch_outputs(module, batch)
-            _raise_to(effects, torch_gave, [output[rows] for output in wanted])
-            arrays = [tensor.detach().cpu().numpy() for tensor in batch]
-            for level, runtime in runtimes.items():
-                with _failing_is_refused(f"the ONNX model at optimisation '{level}'", size):
-                    onnx_gave = runtime.run(arrays)
-                _raise_to(worst[level], onnx_gave, torch_gave)
+    for level in LEVELS:
+        runtime = OnnxRuntime(content, cpu, threads=1, optimisation=level)
+        worst = {size: [0.0] * len(wanted) for size, _ in batches}
+        for (size, picked), torch_answer in zip(batches, torch_gave, strict=True):
+            with _failing_is_refused(f"the ONNX model at optimisation '{level}'", size):
+                onnx_answer = runtime.run([tensor[picked].detach().cpu().numpy() for tensor in inputs])
+            _raise_to(worst[size], onnx_answer, torch_answer)
         differences.extend(
             Difference(output=name, batch_size=size, level=level, largest=largest)
-            for level in LEVELS
-            for name, largest in zip(output_names, worst[level], strict=True)
+            for size, found in worst.items()
+            for name, largest in zip(output_names, found, strict=True)
         )
     errors = [0.0] * len(wanted)
-    _raise_to(errors, wanted, [tensor.numpy() for tensor in analysis.exact])
+    _raise_to(errors, [output[:few] for output in wanted], [tensor.numpy() for tensor in analysis.exact])
     return Parity(
         bounds=dict(zip(output_names, analysis.bounds, strict=True)),
         torch_errors=dict(zip(output_names, errors, strict=True)),
         torch_batch_effects=dict(zip(output_names, effects, strict=True)),
         differences=tuple(differences),
         not_finite=tuple(n for n, array in zip(output_names, wanted, strict=True) if not np.isfinite(array).all()),
-        random=tuple(n for n, *pair in zip(output_names, wanted, again, strict=True) if largest_difference(*pair)),
+        random=tuple(n for n, pair in zip(output_names, again, strict=True) if largest_difference(*pair)),
     )
 
 

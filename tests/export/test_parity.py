@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from export.conversion import convert
 from export.parity import LEVELS, Difference, Parity, measure, refusal, torch_outputs, train_eval_divergence
 from export.rounding import analyse
-from service.admission import largest_difference
 from service.errors import Refused
+from service.numerics import largest_difference
 from service.runtime import OnnxRuntime, place
 from tests.export.zoo import ZOO, Tabular, converted, dense, rows, settled, tabular_inputs
 
