@@ -67,6 +67,16 @@ class Outcome(_Value):
     validation_loss: float
 
 
+class CalibrationNote(_Value):
+    """What `evalmode calibrate` did."""
+
+    layers: tuple[str, ...]
+    """The BatchNorm layers whose running statistics are the exact ones of the training rows."""
+    passes: int
+    validation_before: dict[str, float]
+    validation_after: dict[str, float]
+
+
 class Document(_Value):
     """`checkpoint.json`."""
 
@@ -85,6 +95,8 @@ class Document(_Value):
     versions: dict[str, str]
     card: str | None = None
     """What the network is for, what was left out and why: for people."""
+    calibration: CalibrationNote | None = None
+    """How its running statistics were measured anew, if they were."""
 
     @model_validator(mode="after")
     def _network_fits_the_table(self) -> Self:
@@ -118,6 +130,11 @@ class Checkpoint:
     @property
     def signature(self) -> Signature:
         return table.signature(self.features, self.target)
+
+    @property
+    def settled(self) -> frozenset[str]:
+        """BatchNorm layers whose statistics were measured exactly."""
+        return frozenset(self.document.calibration.layers if self.document.calibration else ())
 
     def network(self) -> TabularNet:
         """The network with its weights, in eval mode; made anew at each call. It gives logits, or the number."""

@@ -1,10 +1,12 @@
-"""From a checkpoint to a bundle: the straight line of `evalmode export`.
+"""From a network to a bundle: the straight line of `evalmode export`.
 
-    checkpoint ──> convert ──> parity ──> passport, golden samples ──> admission ──> models/NAME/VERSION
+    Subject ──> audit ──> convert ──> parity ──> passport, golden samples ──> admission ──> models/NAME/VERSION
+                                       └─ on failure: which layer, and why
 
 1. Whatever is refused on the way leaves nothing behind; a version appears whole, and only after the service's own
    admission took exactly the files that it consists of.
-2. The same checkpoint, exported by the same versions, gives the same bytes: no clock is read, torch has one thread.
+2. The same network and rows, exported by the same versions, give the same bytes: no clock is read, and torch has one
+   thread.
 3. Each check is reported as it is made, with its figure and its limit, the one that fails as well.
 """
 
@@ -19,24 +21,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import JsonValue
+from torch import nn
 
-from export import checkpoint, parity
-from export.checkpoint import Checkpoint, Document
+from export import cost, parity, subject
+from export.audit import Finding, audit_module
 from export.conversion import Converted, convert
-from export.networks import Served
+from export.cost import Budget
+from export.diagnosis import diagnose
+from export.gap import Gap, measured_gap
 from export.parity import Parity
+from export.report import render
+from export.subject import Data, Sample, Subject
 from service import bundle
-from service.admission import Admitted, admit
+from service.admission import Admitted, admit, check_digest
 from service.bundle import Bundle, GoldenSummary, ParityFigure, Passport
 from service.errors import Refused, WrongCall
-from service.runtime import place
+from service.runtime import OnnxRuntime, place
+from service.signature import Signature
 
-NETWORK = "network"
-"""Where `Served` has the network that was trained: layers are named from there."""
+REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +54,9 @@ class Check:
     verdict: Literal["passed", "failed", "noted"]
 
 
+Say = Callable[[Check], None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
     """A bundle at its place."""
@@ -56,10 +64,84 @@ class Exported:
     folder: Path
     passport: Passport
     size_bytes: int
+    findings: tuple[Finding, ...] = ()
+    """What the audit found, short of an error."""
+
+    @property
+    def report(self) -> Path:
+        return self.folder / REPORT_FILE
+
+
+def export_checkpoint(folder: Path, *, name: str, models: Path, say: Say = lambda _: None) -> Exported:
+    """Export a checkpoint of `evalmode train` as the next version of a model.
+
+    Args:
+        folder: the checkpoint; not changed.
+        name: the model's.
+        models: the repository; made if it is not there.
+        say: is called with each check, in order.
+
+    Raises:
+        WrongCall: the checkpoint cannot be read, the name cannot be one, or the repository cannot be written to.
+        Refused: a check failed; the last check reported says which, where there is a figure to it.
+    """
+    bundle.checked_name(name)
+    with one_thread():
+        return export_subject(subject.of_checkpoint(folder), name=name, models=models, say=say)
+
+
+def export_model(
+    module: nn.Module,
+    sample: Sample,
+    *,
+    name: str,
+    models: Path | str = "models",
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    classes: Sequence[str] = (),
+    softmax: bool = False,
+    data: Data | None = None,
+    card: str | None = None,
+    say: Say = lambda _: None,
+) -> Exported:
+    """Export any network as the next version of a model, through every check.
+
+    What is exported is the function that eval mode computes; the module is bit for bit what it was afterwards.
+
+    Args:
+        module: with its weights, in any mode.
+        sample: real rows, with the batch axis first: one tensor or array for each argument of `forward`, in its order
+            or by its names. They become golden samples, so they must be such as may be kept in the bundle.
+        name: the model's.
+        models: the repository; made if it is not there.
+        input_names, output_names: how the graph calls them; by default after the arguments and what `forward` returns.
+        classes: what the columns of the only output stand for; it must give probabilities.
+        softmax: the network gives logits; serve their softmax.
+        data: rows with their answers, for the gap report.
+        card: what the model is for, in sentences.
+        say: is called with each check, in order.
+
+    Raises:
+        WrongCall: the rows or names do not fit, or the repository cannot be written to.
+        Refused: a check failed; nothing is written then.
+    """
+    bundle.checked_name(name)
+    with one_thread():
+        made = subject.of_module(
+            module,
+            sample,
+            input_names=input_names,
+            output_names=output_names,
+            classes=classes,
+            softmax=softmax,
+            data=data,
+            card=card,
+        )
+        return export_subject(made, name=name, models=Path(models), say=say)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Torch with one thread: sums have one order then, on a machine with any number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -69,63 +151,83 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
-def export_checkpoint(
-    folder: Path, *, name: str, models: Path, report: Callable[[Check], None] = lambda _: None
-) -> Exported:
-    """Export a checkpoint as the next version of a model.
+def export_subject(it: Subject, *, name: str, models: Path, say: Say = lambda _: None) -> Exported:
+    """The line itself; see the module.
 
     Args:
-        folder: the checkpoint; not changed.
-        name: the model's.
-        models: the repository; made if it is not there.
-        report: is called with each check, in order.
+        say: is called with each check, in order.
 
     Raises:
-        WrongCall: the checkpoint cannot be read, the name cannot be one, or the repository cannot be written to.
-        Refused: a check failed; the last check reported says which, where there is a figure to it.
+        WrongCall: the repository cannot be written to.
+        Refused: a check failed; nothing is written then.
     """
     model_folder = models / bundle.checked_name(name)
-    trained = checkpoint.read(folder)
-    if not len(trained.samples[0]):
-        raise WrongCall(f"'{folder}' has no samples, and parity is measured on real rows; train it again")
-    served = trained.served()
-    converted = _converted(trained, served, report)
-    measured = _measured(trained, served, converted, report)
-    divergence = _train_eval_divergence(trained, served, measured, report)
-    contents = {bundle.MODEL_FILE: converted.model.SerializeToString(), **_golden_files(trained, served)}
+    budget = cost.budget(it.module, it.inputs)
+    findings = _audited(it, say)
+    converted = _converted(it, say)
+    rows = tuple(tensor[: budget.sample] for tensor in it.inputs)
+    measured = _measured(it, converted, rows, budget, say)
+    divergence = _train_eval_divergence(it, measured, rows, say)
+    gap = _gap(it, say)
+    contents = {bundle.MODEL_FILE: converted.model.SerializeToString(), **_golden_files(it.module, rows)}
     with _writable(models):
         version = bundle.next_version(model_folder)
-        place_of_it = model_folder / version
-        draft = _passport(
-            trained, converted, measured, contents, name=name, version=version, train_eval_divergence=divergence
+        folder = model_folder / version
+        draft = Passport(
+            name=name,
+            version=version,
+            signature=_signature(it, contents[bundle.MODEL_FILE]),
+            files={path: bundle.digest(content) for path, content in contents.items()},
+            batchnorm=converted.layers,
+            golden=GoldenSummary(
+                rows=len(rows[0]),
+                source=f"{it.source}, with what PyTorch gave for them in eval mode",
+                tolerances=measured.tolerances,
+            ),
+            parity=measured.figures,
+            provenance={
+                **it.provenance,
+                "versions": {**({"training": dict(it.versions)} if it.versions else {}), "export": _versions()},
+                "train_eval_divergence": {**divergence},
+                "unused_layers": list(converted.unused),
+            },
+            card=it.card,
         )
         admitted = _admitted(
-            Bundle(name=name, version=version, folder=place_of_it, contents=contents, passport=draft), report
+            Bundle(name=name, version=version, folder=folder, contents=contents, passport=draft), budget, say
         )
         passport = draft.model_copy(update={"independence": admitted.independence})
-        bundle.write(place_of_it, passport=passport, contents=contents, check=lambda read: admit(read, place("cpu")))
-    size_bytes = sum(file.stat().st_size for file in place_of_it.rglob("*") if file.is_file())
-    return Exported(folder=place_of_it, passport=passport, size_bytes=size_bytes)
+        page = _page(it, converted, passport, admitted, findings, gap)
+        bundle.write(folder, passport=passport, contents=contents, unread={REPORT_FILE: page}, check=check_digest)
+    size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return Exported(folder=folder, passport=passport, size_bytes=size_bytes, findings=findings)
 
 
-def _converted(trained: Checkpoint, served: Served, report: Callable[[Check], None]) -> Converted:
+def _audited(it: Subject, say: Say) -> tuple[Finding, ...]:
+    findings = audit_module(it.network, settled=it.settled)
+    errors, warnings = ([f for f in findings if f.severity == severity] for severity in ("error", "warning"))
+    figure = f"{len(errors)} errors, {len(warnings)} warnings" if errors or warnings else "healthy"
+    verdict: Literal["passed", "failed"] = "failed" if errors else "passed"
+    say(Check(what="audit of the BatchNorm layers", figure=figure, limit="no errors", verdict=verdict))
+    if errors:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise Refused(f"{errors[0].rule}: {errors[0].message}{more}")
+    return findings
+
+
+def _converted(it: Subject, say: Say) -> Converted:
     try:
         converted = convert(
-            served,
-            trained.samples,
-            input_names=[spec.name for spec in trained.signature.inputs],
-            output_names=served.output_names,
-            wrapped=NETWORK,
+            it.module, it.inputs, input_names=it.input_names, output_names=it.output_names, wrapped=it.wrapped
         )
     except Refused:
         what = "BatchNorm layers kept, frozen, bit for bit"
-        report(Check(what=what, figure="no", limit="all used", verdict="failed"))
+        say(Check(what=what, figure="no", limit="all used", verdict="failed"))
         raise
-    modules = sum(1 for _ in served.modules())
+    modules = sum(1 for _ in it.module.modules())
     layers = len(converted.layers)
-    report(Check(what="modules in eval mode", figure=f"{modules} of {modules}", limit="all", verdict="passed"))
-    report(
+    say(Check(what="modules in eval mode", figure=f"{modules} of {modules}", limit="all", verdict="passed"))
+    say(
         Check(
             what="BatchNorm layers kept, frozen, bit for bit",
             figure=f"{layers} of {layers + len(converted.unused)}",
@@ -136,46 +238,76 @@ def _converted(trained: Checkpoint, served: Served, report: Callable[[Check], No
     return converted
 
 
-def _measured(trained: Checkpoint, served: Served, converted: Converted, report: Callable[[Check], None]) -> Parity:
-    measured = parity.measure(served, converted.model, trained.samples, served.output_names)
+def _measured(it: Subject, converted: Converted, rows: Sequence[torch.Tensor], budget: Budget, say: Say) -> Parity:
+    measured = parity.measure(
+        it.module,
+        converted.model,
+        rows,
+        it.output_names,
+        analysed_rows=budget.analysed,
+        trials_per_axis=budget.trials_per_axis,
+    )
     for figure in measured.figures:
-        report(_check(figure))
+        say(_check(figure))
     reason = parity.refusal(measured)
     verdict: Literal["passed", "failed"] = "failed" if reason else "passed"
     said = "no" if reason else "yes"
-    report(Check(what="the ONNX model is eval mode", figure=said, limit="rounding", verdict=verdict))
+    say(Check(what="the ONNX model is eval mode", figure=said, limit="rounding", verdict=verdict))
+    if reason and measured.comparable:
+        few = [tensor[: budget.analysed] for tensor in rows]
+        found = diagnose(it.module, converted.model, few)
+        raise Refused(f"{found.verdict}: {found.sentence}")
     if reason:
         raise Refused(reason)
     return measured
 
 
 def _train_eval_divergence(
-    trained: Checkpoint, served: Served, measured: Parity, report: Callable[[Check], None]
+    it: Subject, measured: Parity, rows: Sequence[torch.Tensor], say: Say
 ) -> dict[str, JsonValue]:
     """For people: how far off each output would be with the statistics of the samples in place of the running ones."""
-    differences = parity.train_eval_divergence(served, trained.samples)
+    differences = parity.train_eval_divergence(it.module, rows)
     if differences is None:
         return {}
-    found = dict(zip(served.output_names, differences, strict=True))
+    found = dict(zip(it.output_names, differences, strict=True))
     for name, difference in found.items():
         what, limit = f"{name}, with train mode's statistics", f"{2 * measured.bounds[name]:.2g}"
-        report(Check(what=what, figure=f"{difference:.2g}", limit=limit, verdict="noted"))
+        say(Check(what=what, figure=f"{difference:.2g}", limit=limit, verdict="noted"))
     return {**found}
 
 
-def _admitted(draft: Bundle, report: Callable[[Check], None]) -> Admitted:
+def _gap(it: Subject, say: Say) -> Gap | None:
+    """For people: what each choice of statistics would do to the metric; only where there are answers."""
+    if it.data is None:
+        return None
+    gap = measured_gap(it.network, it.data, settled=it.settled)
+    for variant in gap.variants:
+        for metric, value in variant.metrics.items():
+            say(Check(what=f"{metric}, statistics {variant.name}", figure=f"{value:.4f}", limit="", verdict="noted"))
+    return gap
+
+
+def _signature(it: Subject, model: bytes) -> Signature:
+    """The table's, or that of the graph with what its columns stand for."""
+    if it.signature is not None:
+        return it.signature
+    runtime = OnnxRuntime(model, place("cpu"), threads=1, optimisation="none")
+    return Signature(inputs=runtime.inputs, outputs=runtime.outputs, target=it.target)
+
+
+def _admitted(draft: Bundle, budget: Budget, say: Say) -> Admitted:
     try:
-        admitted = admit(draft, place("cpu"))
+        admitted = admit(draft, place("cpu"), max_batch_rows=budget.batch)
     except Refused:
-        report(Check(what="the service's admission", figure="refused", limit="4 doors", verdict="failed"))
+        say(Check(what="the service's admission", figure="refused", limit="4 doors", verdict="failed"))
         raise
     for figure in admitted.golden:
         what = f"{figure.name}, {admitted.golden_rows} golden samples replayed"
-        report(_check(figure.model_copy(update={"name": what})))
+        say(_check(figure.model_copy(update={"name": what})))
     sizes = ", ".join(str(size) for size in admitted.independence.batch_sizes if size > 1)
     apart = f"{admitted.independence.bound:.2g}"
-    report(Check(what=f"a row alone and among {sizes}", figure=apart, limit="rounding", verdict="passed"))
-    report(Check(what="the service's admission", figure="admitted", limit="4 doors", verdict="passed"))
+    say(Check(what=f"a row alone and among {sizes}", figure=apart, limit="rounding", verdict="passed"))
+    say(Check(what="the service's admission", figure="admitted", limit="4 doors", verdict="passed"))
     return admitted
 
 
@@ -188,49 +320,20 @@ def _check(figure: ParityFigure) -> Check:
     )
 
 
-def _golden_files(trained: Checkpoint, served: Served) -> dict[str, bytes]:
-    inputs: Sequence[NDArray[np.generic]] = [tensor.numpy() for tensor in trained.samples]
-    return bundle.golden_files(inputs, parity.torch_outputs(served, trained.samples))
+def _golden_files(module: nn.Module, rows: Sequence[torch.Tensor]) -> dict[str, bytes]:
+    return bundle.golden_files([tensor.numpy() for tensor in rows], parity.torch_outputs(module, rows))
 
 
-def _passport(
-    trained: Checkpoint,
+def _page(
+    it: Subject,
     converted: Converted,
-    measured: Parity,
-    contents: dict[str, bytes],
-    *,
-    name: str,
-    version: str,
-    train_eval_divergence: dict[str, JsonValue],
-) -> Passport:
-    document = trained.document
-    return Passport(
-        name=name,
-        version=version,
-        signature=trained.signature,
-        files={path: bundle.digest(content) for path, content in contents.items()},
-        batchnorm=converted.layers,
-        golden=GoldenSummary(
-            rows=len(trained.samples[0]),
-            source=f"held-out rows of {document.data.file}, with what PyTorch gave for them in eval mode",
-            tolerances=measured.tolerances,
-        ),
-        parity=measured.figures,
-        provenance={
-            **_provenance(document),
-            "train_eval_divergence": train_eval_divergence,
-            "unused_layers": list(converted.unused),
-        },
-        card=card(document),
-    )
-
-
-def _provenance(document: Document) -> dict[str, JsonValue]:
-    """Where the model comes from; what the passport says elsewhere is left out."""
-    said: dict[str, JsonValue] = document.model_dump(
-        mode="json", include={"task", "data", "left_out", "training", "outcome", "metrics"}
-    )
-    return {**said, "versions": {"training": dict(document.versions), "export": _versions()}}
+    passport: Passport,
+    admitted: Admitted,
+    findings: Sequence[Finding],
+    gap: Gap | None,
+) -> bytes:
+    layers = {layer.layer: it.network.get_submodule(layer.layer) for layer in converted.layers}
+    return render(passport, layers=layers, folds=admitted.folds, findings=findings, gap=gap).encode()
 
 
 def _versions() -> dict[str, JsonValue]:
@@ -241,22 +344,6 @@ def _versions() -> dict[str, JsonValue]:
         except importlib.metadata.PackageNotFoundError:  # evalmode, run from its sources
             versions[package] = "not installed"
     return versions
-
-
-def card(document: Document) -> str:
-    """What the model is for, what was left out and why, and how good it is: in sentences."""
-    data = document.data
-    said = [
-        *([document.card] if document.card else []),
-        f"It predicts '{document.target.name}' from {len(document.features)} features; trained on {data.training_rows} "
-        f"rows of {data.file}, {data.validation_rows} more to decide when to stop, {data.test_rows} held out.",
-        *(f"Left out: '{name}' {reason.removeprefix('left out ')}." for name, reason in document.left_out.items()),
-        *(
-            f"On the held-out rows, {who}: {', '.join(f'{metric} {value:.3f}' for metric, value in figures.items())}."
-            for who, figures in document.metrics.items()
-        ),
-    ]
-    return "\n".join(said)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from cyclopts import App
 from export import checkpoint, training
 from export import cli as export_cli
 from export.checkpoint import DOCUMENT_FILE, SAMPLES_FILE, WEIGHTS_FILE
+from export.cli.train import train
 from service.errors import Refused, WrongCall
 from service.signature import SampleReader
 
@@ -26,7 +27,7 @@ CREDIT = Path(__file__).parents[2] / "data/german_credit/german_credit.csv"
 def evalmode(*arguments: str | Path) -> None:
     """The verb as on the command line, but errors come out."""
     app = App(result_action="return_value", suppress_keyboard_interrupt=False)
-    app.command(export_cli.train)
+    app.command(train)
     app(["train", *map(str, arguments)], exit_on_error=False, print_error=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import checkpoint, cli, exporting, parity
+from export import checkpoint, exporting, parity
 from export.checkpoint import Checkpoint, DataSource, Document, Outcome
+from export.cli.export import export
 from export.exporting import Check, Exported, export_checkpoint
 from export.networks import TabularNet, TabularNetConfig
 from export.options import Norm, TrainingOptions
@@ -90,7 +92,7 @@ def credit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Exported, list[Che
     """One export for all tests that only look at it."""
     folder, checks, trained = tmp_path_factory.mktemp("credit"), list[Check](), made()
     models = folder / "models"
-    exported = export_checkpoint(written(folder, trained), name="credit", models=models, report=checks.append)
+    exported = export_checkpoint(written(folder, trained), name="credit", models=models, say=checks.append)
     return exported, checks, trained
 
 
@@ -169,9 +171,12 @@ def test_every_check_is_reported_with_its_figure(credit: Credit) -> None:
     _, checks, _ = credit
     assert {check.verdict for check in checks} == {"passed", "noted"}
     said = [check.what for check in checks]
-    assert said[0] == "modules in eval mode"
-    assert said[1] == "BatchNorm layers kept, frozen, bit for bit"
-    assert checks[1].figure == "3 of 3"
+    assert said[:3] == [
+        "audit of the BatchNorm layers",
+        "modules in eval mode",
+        "BatchNorm layers kept, frozen, bit for bit",
+    ]
+    assert checks[2].figure == "3 of 3"
     assert said[-1] == "the service's admission"
     assert "probabilities, ONNX, optimisation none" in said
     assert "probabilities, with train mode's statistics" in said
@@ -179,12 +184,13 @@ def test_every_check_is_reported_with_its_figure(credit: Credit) -> None:
 
 
 def test_nothing_in_the_bundle_tells_where_it_was_made(credit: Credit) -> None:
-    """No path of this machine, and nothing beside the four files."""
+    """No path of this machine, and nothing beside these files."""
     exported, _, _ = credit
     files = sorted(file for file in exported.folder.rglob("*") if file.is_file())
     assert [str(file.relative_to(exported.folder)) for file in files] == [
         "model.json",
         "model.onnx",
+        "report.html",
         *(f"test_data_set_0/{name}.pb" for name in ("input_0", "input_1", "output_0")),
     ]
     assert exported.size_bytes == sum(file.stat().st_size for file in files)
@@ -203,7 +209,9 @@ def test_the_next_version_has_the_same_bytes(credit: Credit, tmp_path: Path) -> 
     assert second.folder == models / "credit" / "2"
     for file, content in before.items():
         assert file.read_bytes() == content
-        if file.name != "model.json":
+        if file.name == "report.html":
+            assert (second.folder / file.name).read_text() == content.decode().replace("credit/1", "credit/2")
+        elif file.name != "model.json":
             assert (second.folder / file.relative_to(first.folder)).read_bytes() == content
     one, two = (json.loads((exported.folder / "model.json").read_text()) for exported in (first, second))
     assert {**one, "version": "2"} == two
@@ -237,7 +245,7 @@ def infinite_weight(network: TabularNet) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (negative_variance, r"layer 'standardise' has a negative running_var"),
+        (negative_variance, r"BN012: .*'standardise' .*negative in 1 channel"),
         (infinite_weight, r"output 'probabilities' is not finite"),
     ],
 )
@@ -248,7 +256,7 @@ def test_a_sick_network_is_refused_and_leaves_nothing(
     checks: list[Check] = []
     folder = written(tmp_path, made(spoil=spoil))
     with pytest.raises(Refused, match=sentence):
-        export_checkpoint(folder, name="credit", models=tmp_path / "models", report=checks.append)
+        export_checkpoint(folder, name="credit", models=tmp_path / "models", say=checks.append)
     assert checks[-1].verdict == "failed"
     assert not (tmp_path / "models").exists()
 
@@ -257,9 +265,9 @@ def test_a_bundle_that_is_not_admitted_leaves_nothing(tmp_path: Path, monkeypatc
     """The last word is the service's: golden outputs from train mode get as far as its third door."""
     folder, checks = written(tmp_path, made()), list[Check]()
     right = exporting._golden_files
-    monkeypatch.setattr(exporting, "_golden_files", lambda trained, served: right(trained, trained.served().train()))
+    monkeypatch.setattr(exporting, "_golden_files", lambda module, rows: right(copy.deepcopy(module).train(), rows))
     with pytest.raises(AdmissionRefused, match="golden door: output 'probabilities' is"):
-        export_checkpoint(folder, name="credit", models=tmp_path / "models", report=checks.append)
+        export_checkpoint(folder, name="credit", models=tmp_path / "models", say=checks.append)
     assert (checks[-1].what, checks[-1].verdict) == ("the service's admission", "failed")
     assert not (tmp_path / "models").exists()
 
@@ -284,7 +292,7 @@ def test_torch_has_one_thread_for_that_time(tmp_path: Path, monkeypatch: pytest.
     """Sums have one order, on any machine; afterwards the caller has its threads again."""
     seen: list[int] = []
 
-    def measure(*_: object) -> object:
+    def measure(*_: object, **__: object) -> object:
         seen.append(torch.get_num_threads())
         raise Refused("seen enough")
 
@@ -337,7 +345,7 @@ def test_the_command_prints_its_checks_the_place_and_what_is_next(
 ) -> None:
     """A table within 80 columns, each line a check; no escape codes where nobody looks."""
     monkeypatch.setenv("COLUMNS", "80")
-    cli.export(written(tmp_path, made()), name="credit", models=tmp_path / "models")
+    export(str(written(tmp_path, made())), name="credit", models=tmp_path / "models")
     printed = capsys.readouterr().out
     assert "│ BatchNorm layers kept, frozen, bit for bit " in printed
     assert "│ probabilities, ONNX, optimisation extended " in printed
@@ -349,5 +357,5 @@ def test_the_command_prints_its_checks_the_place_and_what_is_next(
 def test_the_command_prints_the_check_that_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The table comes first, then the sentence, which the command line prints."""
     with pytest.raises(Refused, match="not finite"):
-        cli.export(written(tmp_path, made(spoil=infinite_weight)), name="credit", models=tmp_path / "models")
+        export(str(written(tmp_path, made(spoil=infinite_weight))), name="credit", models=tmp_path / "models")
     assert re.search(r"the ONNX model is eval mode *│ *no │ *rounding │ failed", capsys.readouterr().out)

@@ -1,41 +1,25 @@
-"""The verbs of the training half. Each imports what it needs, so that `--help` answers without torch."""
+"""`evalmode train`: a table becomes a checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from export.cli import require_extra, text_or_file
 from export.options import TableOptions, TrainingOptions
 from service import bundle
-from service.errors import WrongCall, listing
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from export.checkpoint import Document
-    from export.exporting import Check
     from export.table import Plan, Split, Table
     from export.training import Epoch
-
-EXTRA = ("torch", "polars", "sklearn", "safetensors", "rich", "onnxscript")
-"""What the extra `export` installs, by module."""
-
-
-def require_extra(verb: str) -> None:
-    """Refuse a verb whose libraries are not installed.
-
-    Raises:
-        WrongCall: with what to install.
-    """
-    if missing := [module for module in EXTRA if find_spec(module) is None]:
-        raise WrongCall(f"'evalmode {verb}' needs {listing(missing)}; pip install 'evalmode[export]'")
 
 
 def train(
@@ -85,7 +69,7 @@ def train(
     name = bundle.plain_name(table) if name is None else bundle.checked_name(name)
     folder = out or Path("checkpoints", name)
     checkpoint.require_free(folder, overwrite=overwrite)
-    card = _card(card)
+    card = text_or_file(card)
     console = Console(highlight=False, soft_wrap=True)
 
     read = tables.understand(tables.read(table, missing=columns.missing), target=target, options=columns)
@@ -139,59 +123,6 @@ def train(
     made = checkpoint.Checkpoint(document=document, weights=trained.network.state_dict(), samples=samples)
     checkpoint.write(folder, made, overwrite=overwrite)
     console.print(f"\nwritten: {folder}\nnext:    evalmode export {folder} --name {name}", markup=False)
-
-
-def export(
-    checkpoint: Path,
-    /,
-    *,
-    name: str,
-    models: Path = Path("models"),
-) -> None:
-    """Export a checkpoint as the next version of a model, through every check.
-
-    The network becomes ONNX in eval mode, with its BatchNorm kept and frozen, and is compared with PyTorch on held-out
-    rows: at several batch sizes, at every optimisation level of onnxruntime, within what rounding explains for this
-    network. What is written has passed the admission that `evalmode serve` asks for. If a check fails, nothing is.
-
-    Examples:
-
-        evalmode export checkpoints/credit --name credit
-        evalmode export checkpoints/credit --name credit --models /srv/models
-
-    Parameters
-    ----------
-    checkpoint
-        The folder that `evalmode train` wrote.
-    name
-        What the model is called where it is served.
-    models
-        The model repository; the bundle becomes NAME/VERSION in it, one version above the highest there.
-    """
-    require_extra("export")
-    from rich.console import Console
-
-    from export.exporting import export_checkpoint
-
-    console = Console(highlight=False, soft_wrap=True)
-    checks: list[Check] = []
-    with Console(stderr=True).status("exporting") as status:
-
-        def report(check: Check) -> None:
-            checks.append(check)
-            status.update(f"exporting: {check.what}")
-
-        try:
-            exported = export_checkpoint(checkpoint, name=name, models=models, report=report)
-        finally:
-            status.stop()
-            _say_what_was_checked(console, checks)
-    console.print(
-        f"\nwritten: {exported.folder} ({exported.size_bytes / 1000:,.0f} kB)\n"
-        f"next:    evalmode serve {models}\n"
-        f"         evalmode predict {exported.folder.parent} SAMPLE",
-        markup=False,
-    )
 
 
 class _Progress:
@@ -269,32 +200,6 @@ def _say_how_it_went(console: Console, document: Document) -> None:
     for model, metrics in document.metrics.items():
         grid.add_row(model, *(f"{metrics[name]:.4f}" for name in names))
     console.print(grid)
-
-
-def _say_what_was_checked(console: Console, checks: Sequence[Check]) -> None:
-    from rich.table import Table as Grid
-
-    if not checks:
-        return
-    colours = {"passed": "green", "failed": "red", "noted": "dim"}
-    grid = Grid("check", title_justify="left")
-    grid.add_column("figure", justify="right")
-    grid.add_column("limit", justify="right")
-    grid.add_column("verdict")
-    for check in checks:
-        grid.add_row(check.what, check.figure, check.limit, f"[{colours[check.verdict]}]{check.verdict}[/]")
-    console.print(grid)
-
-
-def _card(text: str | None) -> str | None:
-    """The card's text, out of a file where there is one of this name."""
-    if text is None or "\n" in text or len(text) > 255:
-        return text
-    file = Path(text)
-    try:
-        return file.read_text(encoding="utf-8").strip() if file.is_file() else text
-    except (OSError, UnicodeDecodeError) as error:
-        raise WrongCall(f"the card '{file}' cannot be read as text: {error}") from error
 
 
 def _versions() -> dict[str, str]:

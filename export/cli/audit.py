@@ -1,0 +1,126 @@
+"""`evalmode audit`: is BatchNorm healthy?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from export.cli import SETTINGS, network_of, require_extra
+from service.errors import Refused, WrongCall
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from export.audit import Finding
+
+_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+_Count = Annotated[int | None, Parameter(validator=Number(gte=1))]
+
+
+def audit(
+    target: str,
+    /,
+    *,
+    weights: Path | None = None,
+    data: Path | None = None,
+    set_: Annotated[tuple[str, ...], SETTINGS] = (),
+    reference: Path | None = None,
+    steps: _Count = None,
+    training_rows: _Count = None,
+    batch_size: _Count = None,
+    format_: Annotated[Literal["table", "json", "sarif"], Parameter(name="--format")] = "table",
+) -> None:
+    """Look for everything about BatchNorm that a machine can see to be wrong.
+
+    Each finding has a rule, and each rule a page in docs/rules: symptom, cause, fix. A network that a callable makes is
+    audited in the state in which it is returned. Exit code 1 if a finding is an error, else 0.
+
+    Examples:
+
+        evalmode audit checkpoints/credit
+        evalmode audit ckpt.pt --steps 12000
+        evalmode audit my_package.nets:build --weights ckpt.pt --data inputs.npz
+        evalmode audit model.onnx --format sarif > audit.sarif
+
+    Parameters
+    ----------
+    target
+        A checkpoint (a folder of 'evalmode train', or a file with a state_dict), module:callable, or an ONNX file or
+        bundle.
+    weights
+        The network's weights, where TARGET is module:callable.
+    data
+        Rows for the network, .npz: the rules that need activations join in.
+    set_
+        An argument of the callable, key=value.
+    reference
+        Another file with weights to hold the statistics against: the pretrained one, or that of another process.
+    steps
+        How many optimizer steps the network was trained for, if you know: each counts one batch.
+    training_rows
+        How many rows it was trained on.
+    batch_size
+        How many rows a training batch had.
+    format_
+        A table for people, JSON, or SARIF for code scanning.
+    """
+    findings = _findings(
+        target, weights=weights, data=data, settings=set_, reference=reference, steps=steps,
+        training_rows=training_rows, batch_size=batch_size,
+    )  # fmt: skip
+    from export.audit import rendering
+
+    match format_:
+        case "json":
+            print(rendering.json(findings))
+        case "sarif":
+            print(rendering.sarif(findings, target=target))
+        case "table":
+            rendering.table(findings, file=sys.stdout)
+    errors = sum(finding.severity == "error" for finding in findings)
+    if errors:
+        raise Refused(f"{errors} finding{'s are errors' if errors > 1 else ' is an error'}; see docs/rules")
+
+
+def _findings(
+    target: str,
+    *,
+    weights: Path | None,
+    data: Path | None,
+    settings: tuple[str, ...],
+    reference: Path | None,
+    steps: int | None,
+    training_rows: int | None,
+    batch_size: int | None,
+) -> tuple[Finding, ...]:
+    path = Path(target)
+    if path.suffix == ".onnx" or (path / "model.onnx").is_file():
+        if given := next((flag for flag, value in {"--weights": weights, "--data": data}.items() if value), None):
+            raise WrongCall(f"{given} is for a network; '{target}' is an ONNX file, which has its weights in it")
+        from export.audit import audit_onnx
+        from service import bundle
+
+        file = path / bundle.MODEL_FILE if path.is_dir() else path
+        return audit_onnx(bundle.read_plain(file).model)
+    require_extra("audit")
+    from export.audit import audit_module, audit_state
+    from export.loading import is_builder, read_state
+
+    told = {"steps": steps, "training_rows": training_rows, "batch_size": batch_size}
+    compared: Mapping[str, Tensor] | None = read_state(reference).tensors if reference else None
+    if path.suffix in _WEIGHTS and not is_builder(target):
+        if data or settings or weights:
+            raise WrongCall(
+                f"'{target}' is a file with weights, and without its network nothing can be run; name the network as "
+                f"module:callable, with --weights {target}"
+            )
+        state = read_state(path)
+        return audit_state(state.tensors, reference=compared, settled=state.settled, **told)
+    network = network_of(target, weights=weights, settings=settings, sample=data)
+    inputs = network.inputs if data or not is_builder(target) else None
+    return audit_module(network.module, inputs or None, reference=compared, settled=network.settled, **told)
