@@ -41,7 +41,7 @@ lock: ## Choose the newest versions anew and pin them in constraints.txt
 	scripts/lock
 
 clean: ## Remove the environments and what was built
-	rm -rf $(SERVE) $(DEV) build
+	rm -rf $(SERVE) $(DEV) build evalmode.egg-info
 
 # A stamp is written last, so an interrupted install is done again.
 $(SERVE)/installed: pyproject.toml constraints.txt

@@ -303,7 +303,7 @@ def _plan(network: nn.Module, inputs: Sequence[Tensor], memory_bytes: int) -> Pl
     ]
     probed = [tensor[:2] for tensor in inputs]
     try:
-        _run(network, probed, flow)
+        run_exactly(network, probed, flow)
     finally:
         for hook in hooks:
             hook.remove()
@@ -344,10 +344,18 @@ def _levels(depends: Mapping[str, frozenset[str]]) -> dict[str, int]:
     return level
 
 
-def _run(network: nn.Module, inputs: Sequence[Tensor], mode: Exact) -> None:
+def run_exactly(network: nn.Module, inputs: Sequence[Tensor], mode: Exact | None = None) -> None:
+    """One forward pass in float64, for what hooks see of it.
+
+    Args:
+        network: in float64 and eval mode.
+
+    Raises:
+        Refused: the network fails on the rows.
+    """
     widened = [tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.cpu() for tensor in inputs]
     try:
-        with torch.no_grad(), attention_in_parts(), mode:
+        with torch.no_grad(), attention_in_parts(), mode or Exact():  # type: ignore[no-untyped-call]
             network(*widened)
     except (_Enough, Refused):
         raise
@@ -359,7 +367,7 @@ def _run(network: nn.Module, inputs: Sequence[Tensor], mode: Exact) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Moments:
+class Moments:
     """How many values a layer's channels saw, their mean, and the sum of squared deviations from it: float64."""
 
     count: int
@@ -367,19 +375,19 @@ class _Moments:
     m2_C: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> _Moments:
+    def of(cls, x: Tensor) -> Moments:
         """Of a layer's input [N, C, ...]: mean first, then deviations."""
         values_Cn = x.transpose(0, 1).flatten(1)
         mean_C = values_Cn.mean(1)
         return cls(count=values_Cn.shape[1], mean_C=mean_C, m2_C=(values_Cn - mean_C[:, None]).square().sum(1))
 
-    def merged(self, other: _Moments) -> _Moments:
+    def merged(self, other: Moments) -> Moments:
         """Of both together: Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983, (2.1)."""
         count = self.count + other.count
         if not count:
             return self
         delta_C = other.mean_C - self.mean_C
-        return _Moments(
+        return Moments(
             count=count,
             mean_C=self.mean_C + delta_C * (other.count / count),
             m2_C=self.m2_C + other.m2_C + delta_C.square() * (self.count * other.count / count),
@@ -394,16 +402,16 @@ class _Measuring:
     """The network while its layers are settled one after the other."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.settled: dict[str, _Moments] = {}
+        self.settled: dict[str, Moments] = {}
         self._network = network
         self._norms = _norms(network)
-        self._open: dict[str, _Moments] = {}
+        self._open: dict[str, Moments] = {}
 
     def settle_as_reached(self, inputs: Sequence[Tensor], layers: Mapping[str, int]) -> None:
         """One pass with all rows: each layer is measured when it is reached, and goes on with what was found."""
 
         def reached(layer: str, x: Tensor) -> None:
-            self._open[layer] = _Moments.of(x)
+            self._open[layer] = Moments.of(x)
             self.settle([layer])
 
         self._watched(inputs, layers, reached)
@@ -414,7 +422,7 @@ class _Measuring:
 
         def reached(layer: str, x: Tensor) -> None:
             nonlocal left
-            found = _Moments.of(x)
+            found = Moments.of(x)
             self._open[layer] = self._open[layer].merged(found) if layer in self._open else found
             left -= 1
             if not left:
@@ -426,7 +434,7 @@ class _Measuring:
         """Give layers the statistics that all processes measured together."""
         for layer in layers:
             parts = [found for found in _of_all_processes(self._open.pop(layer, None)) if found is not None]
-            moments = functools.reduce(_Moments.merged, parts)
+            moments = functools.reduce(Moments.merged, parts)
             if moments.count < 2:
                 raise Refused(f"layer '{layer}' sees a single value in each channel; statistics need more rows")
             finite = torch.isfinite(moments.mean_C) & torch.isfinite(moments.m2_C)
@@ -448,7 +456,7 @@ class _Measuring:
             for layer in layers
         ]
         try:
-            _run(self._network, inputs, Exact())  # type: ignore[no-untyped-call]
+            run_exactly(self._network, inputs)
         except _Enough:
             pass
         finally:
@@ -456,7 +464,7 @@ class _Measuring:
                 hook.remove()
 
 
-def _layer(module: nn.Module, layer: str, moments: _Moments) -> CalibratedLayer:
+def _layer(module: nn.Module, layer: str, moments: Moments) -> CalibratedLayer:
     norm = module.get_submodule(layer)
     assert isinstance(norm, _BatchNorm)
     old_mean, old_var = (

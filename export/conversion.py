@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import logging
 import warnings
 from collections import Counter
@@ -193,7 +194,7 @@ def _traced(
                 opset_version=OPSET,
                 input_names=list(input_names),
                 output_names=list(output_names),
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamic_shapes=_for_arguments(module, [{0: batch} for _ in inputs]),
                 verbose=False,
             )
     except Exception as error:  # tracing runs the network's own code, which may raise anything
@@ -205,6 +206,15 @@ def _traced(
     if outputs != len(output_names):
         raise Refused(f"the network has {outputs} output(s); {len(output_names)} name(s) were given for them")
     return program.exported_program.graph, program
+
+
+def _for_arguments(module: nn.Module, shapes: Sequence[dict[int, object]]) -> tuple[object, ...]:
+    """One entry for each argument of `forward`; `*arguments` are one entry, a tuple of all that it takes."""
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(shapes)
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:named], tuple(shapes[named:]))
 
 
 def _two_rows(tensor: Tensor) -> Tensor:

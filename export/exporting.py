@@ -66,6 +66,7 @@ class Exported:
     size_bytes: int
     findings: tuple[Finding, ...] = ()
     """What the audit found, short of an error."""
+    gap: Gap | None = None
 
     @property
     def report(self) -> Path:
@@ -200,13 +201,13 @@ def export_subject(it: Subject, *, name: str, models: Path, say: Say = lambda _:
         page = _page(it, converted, passport, admitted, findings, gap)
         bundle.write(folder, passport=passport, contents=contents, unread={REPORT_FILE: page}, check=check_digest)
     size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Exported(folder=folder, passport=passport, size_bytes=size_bytes, findings=findings)
+    return Exported(folder=folder, passport=passport, size_bytes=size_bytes, findings=findings, gap=gap)
 
 
 def _audited(it: Subject, say: Say) -> tuple[Finding, ...]:
     findings = audit_module(it.network, settled=it.settled)
     errors, warnings = ([f for f in findings if f.severity == severity] for severity in ("error", "warning"))
-    figure = f"{len(errors)} errors, {len(warnings)} warnings" if errors or warnings else "healthy"
+    figure = f"errors: {len(errors)}, warnings: {len(warnings)}" if errors or warnings else "healthy"
     verdict: Literal["passed", "failed"] = "failed" if errors else "passed"
     say(Check(what="audit of the BatchNorm layers", figure=figure, limit="no errors", verdict=verdict))
     if errors:
@@ -282,8 +283,8 @@ def _gap(it: Subject, say: Say) -> Gap | None:
         return None
     gap = measured_gap(it.network, it.data, settled=it.settled)
     for variant in gap.variants:
-        for metric, value in variant.metrics.items():
-            say(Check(what=f"{metric}, statistics {variant.name}", figure=f"{value:.4f}", limit="", verdict="noted"))
+        figure = ", ".join(f"{metric} {value:.4f}" for metric, value in variant.metrics.items())
+        say(Check(what=f"with the statistics {variant.name}", figure=figure, limit="", verdict="noted"))
     return gap
 
 

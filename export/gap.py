@@ -1,10 +1,10 @@
 """Is the gap between training and evaluation in the running statistics? The same rows under four choices of them.
 
-    train mode      every batch by its own statistics, as in training, but without dropout
+    of each batch   train mode, but without dropout
     as stored       the moving averages in the network: eval mode
     de-biased       the same without what is left of mean 0 and variance 1:  r = (1 - momentum)^n,
                     mean' = mean / (1 - r),  var' = (var - r) / (1 - r)
-    full data       the exact statistics of these rows, layer after layer (`export.calibration`)
+    of all rows     the exact statistics of these rows, layer after layer (`export.calibration`)
 
 How far a layer's stored statistics (s) are from those of the data (d) is the divergence of one normal distribution from
 the other, the mean over its channels:
@@ -15,9 +15,10 @@ What the difference says, in this order:
 
     fine            no layer is farther off than `NOTICEABLE`
     not converged   more than 1 % of the initial values is left, and de-biasing brings the worst layer to half or less
-    drifted         the layer that sees the data first is off already: these rows are not like those of training
+    drifted         a layer that sees the rows themselves, before any weights, is off: they are unlike those of training
     noisy           what an average over 1 / momentum batches is off by chance
-    stale           the weights have moved on since the averages were taken: it grows from layer to layer
+    stale           the weights have moved on since the averages were taken; or, where no layer sees the rows
+                    themselves, the rows are unlike those of training
 
 KL of two normal distributions: Kullback, Information Theory and Statistics, 1959, section 9.1. The noise of a moving
 average: its weights have the sum of squares m / (2 - m), so it is worth (2 - m) / m batches.
@@ -45,11 +46,11 @@ NOTICEABLE = 0.02
 """A mean that is off by 0.2 standard deviations, or a variance by a third."""
 
 NOTICED_WEIGHT = 0.01
+_ROWS_AT_ONCE = 1024
 
 Verdict = Literal["fine", "not converged", "drifted", "noisy", "stale"]
 
-STORED = "as stored"
-_TRAIN, _DEBIASED, _FULL = "train mode", "de-biased", "full data"
+TRAIN, STORED, DEBIASED, FULL = "of each batch", "as stored", "de-biased", "of all rows"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,8 @@ class LayerGap:
     """The median over the channels of |mean_d - mean_s| / std_d."""
     variance_ratio: float
     """The median over the channels of var_s / var_d."""
+    sees_rows: bool
+    """No weights stand between the network's inputs and this layer."""
     initial_weight: float
     """The share of mean 0 and variance 1 in the stored statistics, by the layer's own count."""
 
@@ -114,17 +117,17 @@ def measured_gap(network: nn.Module, data: Data, *, batch_size: int = 32, settle
         if isinstance(norm, _BatchNorm)
     }
     debiased = _debiased(evaluated, weights)
-    answers: dict[str, Tensor] = {
-        STORED: _answers(evaluated, data.inputs, 1024),
-        _DEBIASED: _answers(debiased, data.inputs, 1024),
-        _FULL: _answers(applied(evaluated, full), data.inputs, 1024),
+    answered = {TRAIN: _answers_in_train_mode(evaluated, data.inputs, batch_size)} if len(data.targets) > 1 else {}
+    answered |= {
+        STORED: answers(evaluated, data.inputs),
+        DEBIASED: answers(debiased, data.inputs),
+        FULL: answers(applied(evaluated, full), data.inputs),
     }
-    if len(data.targets) > 1:
-        answers = {_TRAIN: _answers_in_train_mode(evaluated, data.inputs, batch_size), **answers}
-    layers = _layers(evaluated, full, weights)
-    verdict = _verdict(layers, _layers(debiased, full, weights), evaluated, len(data.targets), batch_size)
+    first = _see_rows(evaluated, data.inputs)
+    layers = _layers(evaluated, full, weights, first)
+    verdict = _verdict(layers, _layers(debiased, full, weights, first), evaluated, len(data.targets), batch_size)
     return Gap(
-        variants=tuple(Variant(name=name, metrics=metrics(got, data.targets)) for name, got in answers.items()),
+        variants=tuple(Variant(name=name, metrics=metrics(got, data.targets)) for name, got in answered.items()),
         layers=layers,
         verdict=verdict,
         sentence=_sentence(verdict, layers),
@@ -185,11 +188,17 @@ def metrics(output: Tensor, targets: Tensor) -> dict[str, float]:
     }
 
 
-def _answers(network: nn.Module, inputs: Sequence[Tensor], batch_size: int) -> Tensor:
+def answers(network: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    """The first output for every row, in eval mode.
+
+    Args:
+        network: in any mode; not changed.
+    """
+    evaluated = copy.deepcopy(network).eval()
     with torch.no_grad():
         parts = [
-            flattened(network(*(tensor[start : start + batch_size] for tensor in inputs)))[0]
-            for start in range(0, len(inputs[0]), batch_size)
+            flattened(evaluated(*(tensor[start : start + _ROWS_AT_ONCE] for tensor in inputs)))[0]
+            for start in range(0, len(inputs[0]), _ROWS_AT_ONCE)
         ]
     return torch.cat(parts)
 
@@ -211,9 +220,9 @@ def _answers_in_train_mode(network: nn.Module, inputs: Sequence[Tensor], batch_s
             got = torch.cat([flattened(training(*(tensor[part] for tensor in inputs)))[0] for part in parts])
         except ValueError as error:  # "Expected more than 1 value per channel when training"
             raise WrongCall(f"train mode takes batches of 2 rows at least, and these are {rows}") from error
-    answers = torch.empty_like(got)
-    answers[order] = got
-    return answers
+    in_place = torch.empty_like(got)
+    in_place[order] = got
+    return in_place
 
 
 def _debiased(network: nn.Module, weights: Mapping[str, float]) -> nn.Module:
@@ -228,7 +237,26 @@ def _debiased(network: nn.Module, weights: Mapping[str, float]) -> nn.Module:
     return duplicate
 
 
-def _layers(network: nn.Module, full: Calibrated, weights: Mapping[str, float]) -> tuple[LayerGap, ...]:
+def _see_rows(network: nn.Module, inputs: Sequence[Tensor]) -> frozenset[str]:
+    """The layers whose input does not depend on any weight."""
+    duplicate = copy.deepcopy(network).requires_grad_(True)
+    found: set[str] = set()
+
+    def look(path: str, x: Tensor) -> None:
+        if not x.requires_grad:
+            found.add(path)
+
+    for path, norm in duplicate.named_modules():
+        if isinstance(norm, _BatchNorm):
+            norm.register_forward_pre_hook(lambda _norm, args, path=path: look(path, args[0]))
+    with torch.enable_grad():
+        duplicate(*(tensor[:2].detach() for tensor in inputs))
+    return frozenset(found)
+
+
+def _layers(
+    network: nn.Module, full: Calibrated, weights: Mapping[str, float], first: frozenset[str]
+) -> tuple[LayerGap, ...]:
     found = []
     for layer in full.layers:
         norm = network.get_submodule(layer.layer)
@@ -246,6 +274,7 @@ def _layers(network: nn.Module, full: Calibrated, weights: Mapping[str, float]) 
                 divergence=float(np.mean(divergence)),
                 mean_shift=float(np.median(np.abs(mean_d - mean_s) / np.sqrt(d))),
                 variance_ratio=float(np.median(s / d)),
+                sees_rows=layer.layer in first,
                 initial_weight=weights[layer.layer],
             )
         )
@@ -261,7 +290,7 @@ def _verdict(
     better = max(layer.divergence for layer in debiased)
     if max(layer.initial_weight for layer in layers) > NOTICED_WEIGHT and better <= worst / 2:
         return "not converged"
-    if layers[0].divergence >= worst / 2:
+    if any(layer.sees_rows and layer.divergence > NOTICEABLE for layer in layers):
         return "drifted"
     momenta = [norm.momentum for norm in network.modules() if isinstance(norm, _BatchNorm) and norm.momentum]
     m = max(momenta, default=0.1)
@@ -283,13 +312,13 @@ def _sentence(verdict: Verdict, layers: Sequence[LayerGap]) -> str:
             "'evalmode calibrate'"
         ),
         "drifted": (
-            "the first layer is off already, so these rows are not like those of training: look for another "
+            "a layer that sees the rows themselves is off, so they are unlike those of training: look for another "
             "preprocessing, population or resolution before anything else"
         ),
         "noisy": "the averages are over too few rows; train on with a smaller momentum, or run 'evalmode calibrate'",
         "stale": (
-            "the weights have moved on since the averages were taken, or batches were not mixed well; run 'evalmode "
-            "calibrate', and look at the metric"
+            "the weights have moved on since the averages were taken, batches were not mixed well, or these rows are "
+            "unlike those of training; run 'evalmode calibrate', and look at the metric"
         ),
     }
     return f"{off}; {says[verdict]}"

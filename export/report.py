@@ -118,7 +118,7 @@ def figure(value: float) -> str:
     >>> [figure(value) for value in (0.0, 1.234e-7, 0.0123, 1234567.0)]
     ['0', '1.23e-07', '0.0123', '1.23e+06']
     """
-    return f"{value:.3g}"
+    return f"{value:.3g}".replace("-", "\u2212") if value < 0 else f"{value:.3g}"
 
 
 # What it says
@@ -133,7 +133,8 @@ def _sentences(passport: Passport, findings: Sequence[Finding], gap: Gap | None)
     """The verdict's reasons, each with its figure."""
     layers = len(passport.batchnorm)
     said = [
-        f"All {layers} BatchNorm layers are frozen: they use constants of the graph, bit for bit the network's."
+        f"{'Both' if layers == 2 else f'All {layers}'} BatchNorm layers are frozen: they use constants of the graph, "
+        "bit for bit the network's."
         if layers > 1
         else "Its BatchNorm layer is frozen: it uses constants of the graph, bit for bit the network's."
         if layers

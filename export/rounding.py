@@ -157,9 +157,6 @@ class Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-_Exact = Exact  # TODO remove
-
-
 class _Perturbed(Exact):  # type: ignore[no-untyped-call]
     """Adds to each result the error of its operator, under random signs."""
 

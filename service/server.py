@@ -106,9 +106,7 @@ def _tell(entry: Entry) -> None:
     bound = f" up to {admitted.independence.bound:.2g}" if admitted.independence.kind == "bounded" else ""
     _say(f"  {entry.name}/{entry.version}  ready")
     folded = sum(1 for fold in admitted.folds if fold.into)
-    _say(
-        f"    structure     {len(admitted.batchnorms)} BatchNorm layers, all frozen, {folded} folded into their neighbours"
-    )
+    _say(f"    structure     {len(admitted.batchnorms)} BatchNorm layers, all frozen, {folded} of them folded")
     _say(
         f"    digest        {'as the passport says' if admitted.bundle.passport else 'no passport: a plain ONNX file'}"
     )

@@ -1,7 +1,7 @@
 """The audit: every way in which BatchNorm goes wrong that a machine can see, in torch and in ONNX.
 
-What is audited becomes facts (`from_module`, `from_state`, `from_onnx`), rules make findings of the facts (`rules`), and
-`rendering` shows them. Facts, rules and ONNX files need no torch. Each rule has a page in `docs/rules`.
+What is audited becomes facts (`from_module`, `from_state`, `from_onnx`), rules make findings of the facts (`rules`),
+and `rendering` shows them. Facts, rules and ONNX files need no torch. Each rule has a page in `docs/rules`.
 
     F1   one value per channel in training             BN022
     F2   training mode exported or served              BN001, BN019, BN031

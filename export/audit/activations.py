@@ -7,8 +7,8 @@ Two vectors of statistics are told apart by the median over the channels of
 since a single channel may be odd in a healthy network, and half of them may not. Both have the error of the sample,
 which is that of its N rows (the positions of a row are no further rows), measured on the rows themselves. A median of
 |error| exceeds three standard errors once in 370 times even where all channels move together. The error of few rows is
-itself uncertain, and counts 1 + 6 / (N - 1) times: Student's t asks for no more from N = 5 on, and hardly more at 4. On top of it a healthy
-network may differ by
+itself uncertain, and counts 1 + 6 / (N - 1) times: Student's t asks for no more from N = 5 on, and hardly more at 4. On
+top of it a healthy network may differ by
 
     z: 0.25     three standard errors of a moving average with momentum m = 0.1 over batches of B = 8 rows: it averages
                 (2 - m) / m = 19 batches, so 3 * sqrt(m / ((2 - m) * B)) = 0.243; more where m is larger or B smaller
@@ -74,7 +74,7 @@ def _pairs(facts: Facts) -> Iterator[_Pair]:
         if norm.mean_C.shape != seen.mean_C.shape or norm.var_C.shape != seen.var_C.shape:
             continue
         with np.errstate(invalid="ignore"):
-            usable_C = np.isfinite(norm.mean_C) & np.isfinite(norm.var_C) & (norm.var_C > 0) & (seen.var_C > 0)
+            usable_C = np.isfinite(norm.mean_C) & np.isfinite(norm.var_C) & (norm.var_C > 0)
             # beside a mean that large, the variance is rounding
             usable_C &= seen.var_C > (1e-6 * seen.mean_C) ** 2
         if usable_C.any() and seen.rows > 1:
@@ -260,6 +260,6 @@ def padding_counted(facts: Facts) -> Iterator[Found]:
             severity="warning" if share > MUCH_PADDING else "info",
             layers=layers,
             message=f"{share:.1%} of the positions that {subject_of(layers, len(facts.norms))} "
-            f"{verb(layers, 'normalises', 'normalise')} are trailing zeros, as many as each row's length leaves: padding "
-            "is counted into mean and variance",
+            f"{verb(layers, 'normalises', 'normalise')} are trailing zeros, as many as each row's length leaves: "
+            "padding is counted into mean and variance",
         )

@@ -54,7 +54,7 @@ class NormFacts:
     synced: bool = False
     """Statistics are shared between processes (SyncBatchNorm)."""
     lazy: bool = False
-    """It has no shape yet."""
+    """It has no shape or no numbers yet."""
     handmade: bool = False
     """It has running statistics, but is not the framework's own layer."""
     quantised: Literal["", "live", "kept"] = ""

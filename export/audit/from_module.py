@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from export.audit.facts import DropoutBefore, Facts, LiveDropout, Momentum, NormFacts
-from export.audit.from_state import dtype, vector
+from export.audit.from_state import dtype, is_empty, vector
 from export.audit.kinds import is_handmade, is_other_norm, keeps_statistics
 from export.audit.probe import probe
 from export.audit.source import batch_size_branches, reads_its_mode
@@ -36,7 +35,9 @@ def read_module(module: nn.Module, inputs: Sequence[Tensor] | None = None) -> Fa
     parts = dict(module.named_modules())
     live_norms = _trained_for_quantisation(module)
     norms = tuple(_norm(path, part, part in live_norms) for path, part in parts.items() if keeps_statistics(part))
-    probed = probe(module, inputs) if inputs else None
+    # what has no numbers yet cannot be copied, nor run
+    runs = not any(is_empty(value) for value in (*module.parameters(), *module.buffers()))
+    probed = probe(module, inputs) if inputs and runs else None
     live = [
         LiveDropout(layer=path, p=p, why="it is in training mode")
         for path, part in parts.items()
@@ -92,12 +93,12 @@ def _norm(path: str, part: nn.Module, live: bool) -> NormFacts:
         weights_dtype=dtype(stored if gamma is None else gamma),
         eps=_number(getattr(part, "eps", None)),
         momentum=_momentum(part, handmade),
-        num_batches_tracked=int(count) if count is not None and count.numel() == 1 and not is_lazy(count) else None,
+        num_batches_tracked=int(count) if count is not None and count.numel() == 1 and not is_empty(count) else None,
         training=part.training,
         tracks=bool(tracks) if isinstance(tracks, bool) else None,
         affine_frozen=bool(affine) and not any(value.requires_grad for value in affine),
         synced=isinstance(part, nn.SyncBatchNorm),
-        lazy=any(is_lazy(value) for value in (*part.parameters(recurse=False), *part.buffers(recurse=False))),
+        lazy=any(is_empty(value) for value in (*part.parameters(recurse=False), *part.buffers(recurse=False))),
         handmade=handmade,
         quantised="live" if live else "",
     )

@@ -52,15 +52,20 @@ def _norm(layer: str, tensors: Mapping[str, Tensor]) -> NormFacts:
         beta_C=vector(beta),
         dtype=dtype(stored),
         weights_dtype=dtype(stored if gamma is None else gamma),
-        num_batches_tracked=None if count is None or is_lazy(count) else int(count),
+        num_batches_tracked=None if count is None or is_empty(count) else int(count),
         tracks=None if mean is not None and var is not None else False,
-        lazy=any(value is not None and is_lazy(value) for value in (mean, var, gamma, beta)),
+        lazy=any(value is not None and is_empty(value) for value in (mean, var, gamma, beta)),
     )
 
 
+def is_empty(tensor: Tensor) -> bool:
+    """It has no shape yet (lazy), or no numbers (on the meta device)."""
+    return bool(is_lazy(tensor)) or tensor.is_meta
+
+
 def vector(tensor: Tensor | None) -> Array | None:
-    """A copy in float64; None for what is not there or has no shape yet."""
-    if tensor is None or is_lazy(tensor):
+    """A copy in float64; None for what is not there or empty."""
+    if tensor is None or is_empty(tensor):
         return None
     return np.array(tensor.detach().to("cpu", torch.float64).reshape(-1).numpy())
 

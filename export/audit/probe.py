@@ -151,6 +151,8 @@ class _Witness(TorchFunctionMode):
         """Hooks on every module, and the mode itself, for as long as this lasts."""
         hooks = []
         for path, part in self.network.named_modules():
+            if isinstance(part, torch.jit.ScriptModule):
+                continue  # it takes no hooks, and what happens inside is not seen
             hooks.append(part.register_forward_pre_hook(self._entering(path), with_kwargs=True))
             hooks.append(part.register_forward_hook(self._leaving, always_call=True))
         try:
@@ -229,7 +231,7 @@ class _Witness(TorchFunctionMode):
         if past.dropout is not None:
             dropout, p = past.dropout
             self.dropouts_before.append(DropoutBefore(dropout=dropout, norm=layer, p=p, between=past.between))
-        if x.ndim >= 3 and past.axis is not None and past.axis != 1:
+        if past.axis is not None and past.axis != 1:
             found = FeaturesLast(layer=layer, producer=past.producer, shape=tuple(x.shape))
             self.features_last.setdefault(layer, found)
         mean = getattr(part, "running_mean", None)

@@ -99,8 +99,8 @@ def same_weights_other_statistics(facts: Facts) -> Iterator[Found]:
         yield Found(
             severity="warning",
             layers=names(moved),
-            message=f"{subject(moved, facts)} {verb(moved, 'has', 'have')} the gamma and beta of the reference, bit "
-            f"for bit, but other running statistics (means up to {largest:.3g} standard deviations away): frozen by name, "
+            message=f"{subject(moved, facts)} {verb(moved, 'has', 'have')} gamma and beta of the reference bit for "
+            f"bit, but other running statistics (means up to {largest:.3g} standard deviations away): frozen by name, "
             "updated by forwards in training mode",
         )
 

@@ -100,6 +100,10 @@ def export(
     for finding in exported.findings:
         if finding.severity == "warning":
             console.print(f"warning {finding.rule}: {finding.message}", style="yellow", markup=False)
+    if exported.gap is not None:
+        console.print(
+            f"\nthe running statistics are judged {exported.gap.verdict}: {exported.gap.sentence}", markup=False
+        )
     predict = f"\n         evalmode predict {exported.folder.parent} SAMPLE" if subject.signature else ""
     console.print(
         f"\nwritten: {exported.folder} ({exported.size_bytes / 1000:,.0f} kB)\n"

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from service.errors import Refused, listing
-from service.graph.scan import BatchNorm, Constants, _walk, scan
+from service.graph.scan import BatchNorm, Constants, scan, walk
 
 __all__ = ["Frozen", "FrozenLayer", "freeze"]
 
@@ -80,7 +80,7 @@ def freeze(model: onnx.ModelProto) -> Frozen:
     frozen = onnx.ModelProto()
     frozen.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
     opset = next((entry.version for entry in frozen.opset_import if entry.domain in _AI_ONNX), 1)
-    nodes = [(node, constants) for node, constants in _walk(frozen.graph, {}) if node.domain in _AI_ONNX]
+    nodes = [(node, constants) for node, constants in walk(frozen.graph, {}) if node.domain in _AI_ONNX]
     norms = [node for node, _ in nodes if node.op_type == "BatchNormalization"]
     training = [(node, fact) for node, fact in zip(norms, scan(frozen).batchnorms, strict=True) if _trains(node, opset)]
     dropouts = [node for node, constants in nodes if node.op_type == "Dropout" and _drops(node, opset, constants)]

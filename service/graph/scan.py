@@ -73,7 +73,7 @@ def scan(model: onnx.ModelProto) -> Scan:
         model = onnx.inliner.inline_local_functions(model)
     batchnorms: list[BatchNorm] = []
     faults: list[str] = []
-    for node, constants in _walk(model.graph, {}):
+    for node, constants in walk(model.graph, {}):
         if node.domain not in _AI_ONNX:
             continue
         if node.op_type == "BatchNormalization":
@@ -96,7 +96,7 @@ def layer_of(node: onnx.NodeProto) -> str:
 Constants = Mapping[str, onnx.TensorProto]
 
 
-def _walk(graph: onnx.GraphProto, outer: Constants) -> Iterator[tuple[onnx.NodeProto, Constants]]:
+def walk(graph: onnx.GraphProto, outer: Constants) -> Iterator[tuple[onnx.NodeProto, Constants]]:
     """Every node with the constants it sees: initializers and Constant nodes of its own graph and those around it."""
     constants = {**outer, **{tensor.name: tensor for tensor in graph.initializer}}
     for node in graph.node:
@@ -110,7 +110,7 @@ def _walk(graph: onnx.GraphProto, outer: Constants) -> Iterator[tuple[onnx.NodeP
             for body in (attribute.g, *attribute.graphs) if attribute.type in _GRAPH_ATTRIBUTES else ():
                 # what the body computes or takes under a name hides an outer constant of that name
                 hidden = {value.name for value in body.input} | {name for inner in body.node for name in inner.output}
-                yield from _walk(body, {name: tensor for name, tensor in constants.items() if name not in hidden})
+                yield from walk(body, {name: tensor for name, tensor in constants.items() if name not in hidden})
 
 
 _GRAPH_ATTRIBUTES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)

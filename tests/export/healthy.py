@@ -106,7 +106,7 @@ def _vgg() -> Made:
 
 def _resnet() -> Made:
     network = nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), _Block(6, 8, 1), _Block(8, 12, 2),
+        nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), _Block(6, 12, 2),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3),
     )  # fmt: skip
     return network, (_images(ROWS, 3, 7, 6),)
@@ -114,7 +114,7 @@ def _resnet() -> Made:
 
 def _mobilenet() -> Made:
     network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(), *_separable(8, 12), *_separable(12, 14),
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(), *_separable(8, 14),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(14, 3),
     )  # fmt: skip
     return network, (_images(ROWS, 3, 9, 8),)
@@ -179,7 +179,7 @@ def train(network: nn.Module, inputs: tuple[Tensor, ...], *, steps: int = STEPS,
     flat = inputs[0].flatten(1)
     flat = (flat - flat.mean(0)) / flat.std(0)
     labels = (flat @ torch.randn(flat.shape[1], 2, generator=generator)).argmax(1)
-    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3, fused=True)
     network.train()
     for _ in range(steps):
         pick = torch.randperm(len(labels), generator=generator)[:BATCH]

@@ -139,7 +139,7 @@ def test_the_first_help_says_what_each_verb_does(capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().out
     for sentence in (
         "Train a network with BatchNorm",
-        "Export a checkpoint",
+        "Export a network",
         "Serve a model repository",
         "One prediction",
     ):

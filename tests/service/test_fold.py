@@ -938,7 +938,7 @@ def networks(draw: st.DrawFn) -> onnx.ModelProto:
     return model
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(networks())
 def test_any_chain_computes_what_it_did(model: onnx.ModelProto) -> None:
     """Whatever stands beside whatever; in float64, where a difference that is not rounding cannot hide."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -199,6 +199,7 @@ def test_one_layer_speaks_for_all() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@settings(deadline=None)
 @given(momentum=st.floats(0.01, 0.99), updates=st.integers(0, 60), batch=st.floats(0, 1e-6))
 def test_never_more_updates_than_there_were(dtype: Any, momentum: float, updates: int, batch: float) -> None:
     """Whatever the batches were and however each update was rounded, the proof does not exceed the truth."""
