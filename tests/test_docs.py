@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 from fastapi.routing import APIRoute
 
+import export.audit
+from export.audit import RULES
 from service import errors
 from service.app import create_app
 from service.errors import RequestError
@@ -60,8 +63,34 @@ def test_every_make_target_in_the_readme_exists() -> None:
     assert {"serve", "test", "demo"} <= named
 
 
-@pytest.mark.parametrize("file", ["README.md", "DECISIONS.md", "CHANGELOG.md", "deploy/README.md"])
+@pytest.mark.parametrize(
+    "file", ["README.md", "DECISIONS.md", "CHANGELOG.md", "deploy/README.md", "docs/rules/README.md"]
+)
 def test_links_lead_somewhere(file: str) -> None:
     folder = (ROOT / file).parent
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / file).read_text(encoding="utf-8")):
         assert target.startswith("https://") or (folder / target).exists(), target
+
+
+def failure_modes() -> list[tuple[str, list[str]]]:
+    """The audit's own table: each failure mode with its rules."""
+    found = re.findall(r"^ *(F\d+) +(.+?)  +((?:BN\d{3}(?:, )?)+)$", export.audit.__doc__ or "", re.MULTILINE)
+    return [(f"{mode}: {what}", rules.split(", ")) for mode, what, rules in found]
+
+
+def test_the_index_of_the_rules() -> None:
+    """Every rule with its page, and every failure mode with its rules."""
+    index = (ROOT / "docs" / "rules" / "README.md").read_text(encoding="utf-8")
+    for rule in RULES:
+        assert f"| [{rule.id}]({rule.id}.md) | {rule.severity} | {rule.title} |\n" in index, rule.id
+    for mode, rules in failure_modes():
+        assert f"| {mode} | {', '.join(f'[{rule}]({rule}.md)' for rule in rules)} |\n" in index, mode
+    assert len(failure_modes()) == 19
+    assert f"[{len(RULES)} rules](docs/rules/README.md)" in README
+
+
+def test_every_verb_is_in_the_readme() -> None:
+    verbs = {entry.name for entry in entry_points(group="evalmode.verbs")} | {"serve", "predict"}
+    assert len(verbs) >= 10
+    for verb in verbs:
+        assert f"evalmode {verb}" in README, verb

@@ -127,9 +127,9 @@ def unlike_the_data(facts: Facts) -> Iterator[Found]:
         yield Found(
             severity="warning",
             layers=layers,
-            message=f"{subject_of(layers, len(facts.norms))} with statistics unlike those of {pair.seen.rows} rows: "
-            f"in '{pair.norm.layer}' the mean is {z:.3g} standard deviations away and the variance {ratio:.3g} times "
-            "theirs (medians over the channels)",
+            message=f"{subject_of(layers, len(facts.norms))} {verb(layers, 'has', 'have')} statistics unlike those of "
+            f"{pair.seen.rows} rows: in '{pair.norm.layer}' the mean is {z:.3g} standard deviations away and the "
+            f"variance {ratio:.3g} times theirs (medians over the channels)",
         )
 
 

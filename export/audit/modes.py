@@ -85,8 +85,8 @@ def not_materialised(facts: Facts) -> Iterator[Found]:
         yield Found(
             severity="error",
             layers=names(lazy),
-            message=f"{subject(lazy, facts)} {verb(lazy, 'has', 'have')} no shape or no numbers yet (lazy, or on the meta "
-            "device): the first forward makes a lazy layer with mean 0 and variance 1, which is not what it was to learn",
+            message=f"{subject(lazy, facts)} {verb(lazy, 'has', 'have')} no shape or no numbers yet (lazy, or on the "
+            "meta device): the first forward makes a lazy layer with mean 0 and variance 1, not what it learned",
         )
 
 
