@@ -14,8 +14,10 @@ the definition here: the variance is the population's, which is what train mode 
 3. One pass over the data where that is exact: if all rows fit in memory at once, each layer is measured when it is
    reached, and the same pass goes on with what was found. Else one pass for each level of dependence.
 4. The network is never touched: a float64 copy runs. Nothing has to be put back when something fails.
-
-Under `torch.distributed` every process gives its own rows, and all get the same statistics.
+5. A layer runs as often for every batch as for the rows that were followed. Where the network's code branches on the
+   number of rows or on their values, rule 1 cannot hold, and that is refused.
+6. Under `torch.distributed` every process gives its own rows, and all get the same statistics, or all the same
+   refusal: nobody waits for a process that has failed, or has fewer rows or none.
 
 `torch.optim.swa_utils.update_bn` averages the statistics of batches, whatever their size, without what lies between
 them, while the layers before normalise by the batch and dropout is on; it is none of the above.
@@ -34,10 +36,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from export.rounding import Exact, attention_in_parts
-from service.errors import Refused, WrongCall, first_line
+from service.errors import EvalmodeError, Refused, WrongCall, first_line
 
 MEMORY_BYTES = 2**30
 """What the values between the layers may take when all rows run at once."""
@@ -56,7 +59,7 @@ class Plan:
     """How often eval mode calls each layer."""
     one_pass: bool
     bytes_per_row: float
-    """All values between the layers, in float64: more than are there at any one time."""
+    """All values between the layers, in float64 and without the weights: more than are there at any one time."""
     unused: tuple[str, ...]
     """BatchNorm layers that eval mode never calls: nothing can be measured for them."""
 
@@ -120,7 +123,7 @@ def plan(module: nn.Module, inputs: Sequence[Tensor], *, memory_bytes: int = MEM
     Raises:
         WrongCall, Refused: as for `calibrate`.
     """
-    _require_rows(inputs)
+    require_rows(inputs)
     return _plan(_prepared(module), inputs, memory_bytes)
 
 
@@ -143,35 +146,35 @@ def calibrate(
 
     Raises:
         WrongCall: there are no rows, or not as many in each input.
-        Refused: there is no BatchNorm, a layer feeds itself, has one value in all, or is reached by NaN or infinity; or
-            the network fails on the rows.
+        Refused: there is no BatchNorm, a layer feeds itself, has one value in all, is reached by NaN or infinity, or
+            runs more often for some rows than for others; or the network fails on the rows.
     """
-    _require_rows(inputs)
-    network = _prepared(module)
-    rows = len(inputs[0])
-    plans = _of_all_processes((rows, _plan(network, inputs, memory_bytes) if rows else None))
-    total_rows = sum(count for count, _ in plans)
-    planned = next((found for _, found in plans if found is not None), None)
-    if planned is None:
+    if batch_size < 1:
+        raise WrongCall(f"a batch of {batch_size} rows is none; batch_size is 1 or more")
+    prepared = _of_all_processes(_attempted(lambda: _Share.of(module, inputs, memory_bytes)))
+    plans = [share.plan for share in prepared if share.plan is not None]
+    if not plans:
         raise WrongCall("there are no rows to measure statistics on")
-    measuring = _Measuring(network)
+    planned = plans[0]
     # all processes run the same number of forwards then, so that they can meet inside one
-    one_pass = all(found is not None and found.one_pass for _, found in plans)
+    one_pass = all(share.plan is not None and share.plan.one_pass for share in prepared)
+    measuring = _Measuring(_prepared(module), planned.calls)
     if one_pass:
-        measuring.settle_as_reached(inputs, planned.calls)
+        measuring.settle_as_reached(inputs)
         on_progress(1, 1)
     else:
-        batches = [[tensor[start : start + batch_size] for tensor in inputs] for start in range(0, rows, batch_size)]
+        starts = range(0, len(inputs[0]), batch_size)
+        batches = [[tensor[start : start + batch_size] for tensor in inputs] for start in starts]
         for done, level in enumerate(planned.levels):
-            for i, batch in enumerate(batches):
-                measuring.add(batch, {layer: planned.calls[layer] for layer in level})
-                on_progress(done * len(batches) + i + 1, len(planned.levels) * len(batches))
-            measuring.settle(level)
-    order = [layer for layer in planned.calls if layer in measuring.settled]
+
+            def progress(batch: int, before: int = done * len(batches)) -> None:
+                on_progress(before + batch, len(planned.levels) * len(batches))
+
+            measuring.settle(_of_all_processes(measuring.measured(level, batches, progress)))
     return Calibrated(
-        layers=tuple(_layer(module, layer, measuring.settled[layer]) for layer in order),
+        layers=tuple(_layer(module, layer, measuring.settled[layer]) for layer in planned.calls),
         passes=1 if one_pass else len(planned.levels),
-        rows=total_rows,
+        rows=sum(share.rows for share in prepared),
         unused=planned.unused,
     )
 
@@ -183,12 +186,18 @@ def applied(module: nn.Module, calibrated: Calibrated) -> nn.Module:
     a cumulative average would replace everything.
 
     Raises:
+        WrongCall: a layer is not in this network, or has other channels.
         Refused: a statistic is too large for the layer's dtype.
     """
     duplicate = copy.deepcopy(module)
+    norms = _norms(duplicate)
     for found in calibrated.layers:
-        norm = duplicate.get_submodule(found.layer)
-        assert isinstance(norm, _BatchNorm)
+        norm = norms.get(found.layer)
+        if norm is None or norm.num_features != len(found.mean_C):
+            raise WrongCall(
+                f"the network has no BatchNorm '{found.layer}' of {len(found.mean_C)} channels; these statistics are "
+                "another network's"
+            )
         _keep_statistics(norm)
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -212,16 +221,36 @@ def shard(inputs: Sequence[Tensor], rank: int, world: int) -> tuple[Tensor, ...]
 # Preparations
 
 
-def _require_rows(inputs: Sequence[Tensor]) -> None:
+def require_rows(inputs: Sequence[Tensor]) -> None:
+    """There is at least one row, and as many for each argument of `forward`."""
     lengths = {len(tensor) for tensor in inputs}
-    if not inputs or (lengths == {0} and not distributed.is_initialized()):
+    if lengths <= {0}:
         raise WrongCall("there are no rows to measure statistics on")
     if len(lengths) > 1:
         raise WrongCall(f"the inputs have different numbers of rows: {sorted(lengths)}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """What one process brings."""
+
+    rows: int
+    plan: Plan | None
+    """None where there are no rows to follow."""
+
+    @classmethod
+    def of(cls, module: nn.Module, inputs: Sequence[Tensor], memory_bytes: int) -> _Share:
+        network = _prepared(module)
+        if inputs and not any(len(tensor) for tensor in inputs):
+            return cls(rows=0, plan=None)
+        require_rows(inputs)
+        return cls(rows=len(inputs[0]), plan=_plan(network, inputs, memory_bytes))
+
+
 def _prepared(module: nn.Module) -> nn.Module:
     """A copy in float64 and eval mode, in which every BatchNorm keeps statistics."""
+    if any(is_lazy(value) for value in (*module.parameters(), *module.buffers())):
+        raise Refused("the network has lazy layers that never saw a row; run one batch through it first")
     network = copy.deepcopy(module).cpu().double().eval().requires_grad_(False)
     norms = [part for part in network.modules() if isinstance(part, _BatchNorm)]
     if not norms:
@@ -247,19 +276,48 @@ def _norms(network: nn.Module) -> dict[str, _BatchNorm]:
 # What depends on what
 
 
-class _Flow(Exact):
+class _Wide(Exact):
+    """Float64 from the start: a tensor that the network makes (`torch.zeros`) is widened when it is made.
+
+    Were it only widened when it is read, what the network writes into it would go into a copy.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, Tensor) and _widened(value) is not value:
+                raise Refused(
+                    f"the network writes into a {str(value.dtype).removeprefix('torch.')} tensor that it keeps between "
+                    "runs; register it as a buffer, so that it can be float64 here"
+                )
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def computed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return pytree.tree_map_only(Tensor, _widened, func(*args, **kwargs))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+class _Flow(_Wide):
     """Marks every tensor with the layers that it depends on, by the storage that it lies in."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
-        self._marks: dict[int, frozenset[str]] = {}
+        self._marks = {_storage(weight): frozenset[str]() for weight in (*network.parameters(), *network.buffers())}
+        self._left: frozenset[str] = frozenset()
         self._alive: list[object] = []  # so that no storage is used again for something else
 
     def computed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        result = func(*args, **kwargs)
+        result = super().computed(func, args, kwargs)
         given = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-        layers = frozenset[str]().union(*(self.of(tensor) for tensor in given))
+        layers = self._left.union(*(self.of(tensor) for tensor in given))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self._left = layers  # a Python number cannot be followed, so all that comes later may depend on it
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in (*made, *(given if func._schema.is_mutable else ())):
             self.mark(tensor, layers)
@@ -282,7 +340,7 @@ def _storage(tensor: Tensor) -> int:
 
 def _plan(network: nn.Module, inputs: Sequence[Tensor], memory_bytes: int) -> Plan:
     norms = _norms(network)
-    flow = _Flow()
+    flow = _Flow(network)
     depends: dict[str, frozenset[str]] = {}
     calls: dict[str, int] = {}
 
@@ -297,8 +355,12 @@ def _plan(network: nn.Module, inputs: Sequence[Tensor], memory_bytes: int) -> Pl
         hook
         for path, norm in norms.items()
         for hook in (
-            norm.register_forward_pre_hook(lambda _, args, path=path: before(path, args[0])),
-            norm.register_forward_hook(lambda _, args, y, path=path: after(path, args[0], y)),
+            norm.register_forward_pre_hook(
+                lambda _, args, kwargs, path=path: before(path, _x(args, kwargs)), with_kwargs=True
+            ),
+            norm.register_forward_hook(
+                lambda _, args, kwargs, y, path=path: after(path, _x(args, kwargs), y), with_kwargs=True
+            ),
         )
     ]
     probed = [tensor[:2] for tensor in inputs]
@@ -330,6 +392,12 @@ def _plan(network: nn.Module, inputs: Sequence[Tensor], memory_bytes: int) -> Pl
     )
 
 
+def _x(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer is called with, by position or by name."""
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x
+
+
 def _levels(depends: Mapping[str, frozenset[str]]) -> dict[str, int]:
     """For each layer 1, or one more than the highest among those that its input depends on."""
     level: dict[str, int] = {}
@@ -353,11 +421,11 @@ def run_exactly(network: nn.Module, inputs: Sequence[Tensor], mode: Exact | None
     Raises:
         Refused: the network fails on the rows.
     """
-    widened = [tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.cpu() for tensor in inputs]
+    widened = [_widened(tensor.detach().cpu()) for tensor in inputs]
     try:
-        with torch.no_grad(), attention_in_parts(), mode or Exact():  # type: ignore[no-untyped-call]
+        with torch.no_grad(), attention_in_parts(), mode or _Wide():  # type: ignore[no-untyped-call]
             network(*widened)
-    except (_Enough, Refused):
+    except (_Enough, EvalmodeError):
         raise
     except Exception as error:  # the network's own code may raise anything
         raise Refused(f"the network fails on these rows: {first_line(error)}") from error
@@ -383,9 +451,9 @@ class Moments:
 
     def merged(self, other: Moments) -> Moments:
         """Of both together: Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983, (2.1)."""
+        if not self.count or not other.count:  # no value has no mean, which is NaN here
+            return self if self.count else other
         count = self.count + other.count
-        if not count:
-            return self
         delta_C = other.mean_C - self.mean_C
         return Moments(
             count=count,
@@ -401,40 +469,54 @@ class _Enough(Exception):
 class _Measuring:
     """The network while its layers are settled one after the other."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, calls: Mapping[str, int]) -> None:
         self.settled: dict[str, Moments] = {}
         self._network = network
         self._norms = _norms(network)
-        self._open: dict[str, Moments] = {}
+        self._calls = calls
 
-    def settle_as_reached(self, inputs: Sequence[Tensor], layers: Mapping[str, int]) -> None:
+    def settle_as_reached(self, inputs: Sequence[Tensor]) -> None:
         """One pass with all rows: each layer is measured when it is reached, and goes on with what was found."""
+        told = False  # whether all processes will raise what is being raised here
 
         def reached(layer: str, x: Tensor) -> None:
-            self._open[layer] = Moments.of(x)
-            self.settle([layer])
+            nonlocal told
+            found = {layer: Moments.of(x)}
+            told = True
+            self.settle(_of_all_processes(found))
+            told = False
 
-        self._watched(inputs, layers, reached)
+        failure = _attempted(lambda: self._run(inputs, list(self._calls), reached))
+        if told:
+            assert isinstance(failure, EvalmodeError)
+            raise failure
+        _of_all_processes(failure)
 
-    def add(self, inputs: Sequence[Tensor], calls: Mapping[str, int]) -> None:
-        """One batch for layers whose input is settled."""
-        left = sum(calls.values())
+    def measured(
+        self, level: Sequence[str], batches: Sequence[Sequence[Tensor]], on_batch: Callable[[int], None]
+    ) -> dict[str, Moments] | EvalmodeError:
+        """One pass over the rows of this process, for layers whose input is settled; or why there is none."""
+        found: dict[str, Moments] = {}
 
         def reached(layer: str, x: Tensor) -> None:
-            nonlocal left
-            found = Moments.of(x)
-            self._open[layer] = self._open[layer].merged(found) if layer in self._open else found
-            left -= 1
-            if not left:
-                raise _Enough
+            moments = Moments.of(x)
+            found[layer] = found[layer].merged(moments) if layer in found else moments
 
-        self._watched(inputs, calls, reached)
+        def run() -> dict[str, Moments]:
+            for i, batch in enumerate(batches):
+                self._run(batch, level, reached)
+                on_batch(i + 1)
+            return found
 
-    def settle(self, layers: Sequence[str]) -> None:
-        """Give layers the statistics that all processes measured together."""
-        for layer in layers:
-            parts = [found for found in _of_all_processes(self._open.pop(layer, None)) if found is not None]
-            moments = functools.reduce(Moments.merged, parts)
+        return _attempted(run)
+
+    def settle(self, found: Sequence[Mapping[str, Moments]]) -> None:
+        """Give layers the statistics that all processes found together, each of them nothing or the same layers."""
+        parts = [part for part in found if part]
+        if any(set(part) != set(parts[0]) for part in parts):
+            raise Refused("the processes reach the layers in different orders: the network's code branches on its rows")
+        for layer in parts[0]:
+            moments = functools.reduce(Moments.merged, (part[layer] for part in parts))
             if moments.count < 2:
                 raise Refused(f"layer '{layer}' sees a single value in each channel; statistics need more rows")
             finite = torch.isfinite(moments.mean_C) & torch.isfinite(moments.m2_C)
@@ -448,20 +530,40 @@ class _Measuring:
             norm.running_var = moments.m2_C / moments.count
             self.settled[layer] = moments
 
-    def _watched(
-        self, inputs: Sequence[Tensor], layers: Mapping[str, int], reached: Callable[[str, Tensor], None]
-    ) -> None:
+    def _run(self, inputs: Sequence[Tensor], layers: Sequence[str], reached: Callable[[str, Tensor], None]) -> None:
+        """One forward as far as these layers need it; each must run as often as it did when it was followed."""
+        runs = dict.fromkeys(self._norms, 0)
+
+        def before(layer: str, x: Tensor) -> None:
+            runs[layer] += 1
+            if runs[layer] > self._calls.get(layer, 0):
+                raise self._branches(layer, runs, inputs)
+            if layer in layers:
+                reached(layer, x)
+            if all(runs[wanted] == self._calls[wanted] for wanted in layers):
+                raise _Enough
+
         hooks = [
-            self._norms[layer].register_forward_pre_hook(lambda _, args, layer=layer: reached(layer, args[0]))
-            for layer in layers
+            norm.register_forward_pre_hook(
+                lambda _, args, kwargs, path=path: before(path, _x(args, kwargs)), with_kwargs=True
+            )
+            for path, norm in self._norms.items()
         ]
         try:
             run_exactly(self._network, inputs)
         except _Enough:
-            pass
+            return
         finally:
             for hook in hooks:
                 hook.remove()
+        raise self._branches(next(path for path in layers if runs[path] != self._calls[path]), runs, inputs)
+
+    def _branches(self, layer: str, runs: Mapping[str, int], inputs: Sequence[Tensor]) -> Refused:
+        return Refused(
+            f"layer '{layer}' runs {runs[layer]} times for a batch of {len(inputs[0])}, and {self._calls.get(layer, 0)} "
+            "times for the first two rows: the network's code branches on its rows, so its statistics would depend on "
+            "how they are divided"
+        )
 
 
 def _layer(module: nn.Module, layer: str, moments: Moments) -> CalibratedLayer:
@@ -482,10 +584,24 @@ def _layer(module: nn.Module, layer: str, moments: Moments) -> CalibratedLayer:
     )
 
 
-def _of_all_processes(value: T) -> list[T]:
-    """What every process says, in the order of their ranks."""
-    if not distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
+# Several processes
+
+
+def _attempted(make: Callable[[], T]) -> T | EvalmodeError:
+    """What was made, or why not: to be told to the other processes, which would wait for it."""
+    try:
+        return make()
+    except EvalmodeError as error:
+        return error
+
+
+def _of_all_processes(value: T | EvalmodeError) -> list[T]:
+    """What every process found, in the order of their ranks; where one failed, all raise."""
+    values: list[Any] = [value]
+    if distributed.is_available() and distributed.is_initialized():
+        values = [None] * distributed.get_world_size()
+        distributed.all_gather_object(values, value)
+    for found in (value, *values):  # one's own first
+        if isinstance(found, EvalmodeError):
+            raise found
     return values

@@ -15,8 +15,8 @@ What the difference says, in this order:
 
     fine            no layer is farther off than `NOTICEABLE`
     not converged   more than 1 % of the initial values is left, and de-biasing brings the worst layer to half or less
-    drifted         a layer that sees the rows themselves, before any weights, is off: they are unlike those of training
     noisy           what an average over 1 / momentum batches is off by chance
+    drifted         a layer that sees the rows themselves, before any weights, is off: they are unlike those of training
     stale           the weights have moved on since the averages were taken; or, where no layer sees the rows
                     themselves, the rows are unlike those of training
 
@@ -290,12 +290,12 @@ def _verdict(
     better = max(layer.divergence for layer in debiased)
     if max(layer.initial_weight for layer in layers) > NOTICED_WEIGHT and better <= worst / 2:
         return "not converged"
-    if any(layer.sees_rows and layer.divergence > NOTICEABLE for layer in layers):
-        return "drifted"
     momenta = [norm.momentum for norm in network.modules() if isinstance(norm, _BatchNorm) and norm.momentum]
     m = max(momenta, default=0.1)
     noise = m / ((2 - m) * batch_size) + 1 / rows  # of the mean in variances, and half of it of the log variance
-    return "noisy" if worst <= 4 * noise else "stale"
+    if worst <= 4 * noise:
+        return "noisy"
+    return "drifted" if any(layer.sees_rows and layer.divergence > NOTICEABLE for layer in layers) else "stale"
 
 
 def _sentence(verdict: Verdict, layers: Sequence[LayerGap]) -> str:

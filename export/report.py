@@ -161,9 +161,8 @@ def _sentences(passport: Passport, findings: Sequence[Finding], gap: Gap | None)
         said.append(f"The running statistics are judged {gap.verdict} on {gap.rows} rows: {gap.sentence}.")
     warnings = [finding for finding in findings if finding.severity == "warning"]
     if warnings:
-        said.append(
-            f"The audit warns of {len(warnings)} thing{'s' if len(warnings) > 1 else ''}; see its findings below."
-        )
+        things = "one thing" if len(warnings) == 1 else f"{len(warnings)} things"
+        said.append(f"The audit warns of {things}; see its findings below.")
     return said
 
 
