@@ -135,7 +135,8 @@ def _arranged(
     """The arrays by the arguments that they are for, in the order in which `forward` takes them."""
     if not arrays:
         raise WrongCall(f"'{file}' has answers, but no inputs")
-    unnamed = list(arrays) == [f"arr_{i}" for i in range(len(arrays))]
+    # one array for one argument cannot be mistaken, whatever it is called
+    unnamed = list(arrays) == [f"arr_{i}" for i in range(len(arrays))] or len(arrays) == len(arguments or ()) == 1
     if arguments is None:
         return {f"input_{i}" if unnamed else name: array for i, (name, array) in enumerate(arrays.items())}
     names = list(arguments)

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import JsonValue
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from export import checkpoint
 from export.checkpoint import Document
@@ -161,7 +162,7 @@ def of_module(
     inputs = tuple(torch.as_tensor(tensor).detach().cpu() for tensor in tensors)
     names = tuple(input_names or ([f"input_{i}" for i in range(len(inputs))] if len(inputs) > 1 else ["input"]))
     _require_rows(names, inputs)
-    network = copy.deepcopy(module).cpu().eval().requires_grad_(False)
+    network = with_batch_norm_for_instance_norm(copy.deepcopy(module).cpu().eval().requires_grad_(False))
     outputs = _answered(network, inputs)
     found = tuple(output_names or _names(outputs))
     tensors_out = flattened(outputs)
@@ -188,6 +189,27 @@ def of_module(
         card=card,
         data=data,
     )
+
+
+def with_batch_norm_for_instance_norm(network: nn.Module) -> nn.Module:
+    """Replace every InstanceNorm that keeps running statistics by the BatchNorm that it is in eval mode.
+
+    There both compute gamma * (x - running_mean) / sqrt(running_var + eps) + beta, but the exporter repeats the
+    statistics of an InstanceNorm for every row, so that they look as if the graph computed them.
+
+    Args:
+        network: in eval mode; changed in place.
+    """
+    kinds = {nn.InstanceNorm1d: nn.BatchNorm1d, nn.InstanceNorm2d: nn.BatchNorm2d, nn.InstanceNorm3d: nn.BatchNorm3d}
+    for parent in list(network.modules()):
+        for name, part in list(parent._modules.items()):
+            kind = kinds.get(type(part))  # type: ignore[arg-type]
+            if kind is None or not isinstance(part, _NormBase) or part.running_mean is None:
+                continue
+            norm = kind(part.num_features, eps=part.eps, momentum=part.momentum, affine=part.affine)
+            norm.to(part.running_mean.dtype).load_state_dict(part.state_dict())
+            setattr(parent, name, norm.eval().requires_grad_(False))
+    return network
 
 
 @final

@@ -50,6 +50,11 @@ def test_unnamed_arrays_are_taken_in_order(tmp_path: Path) -> None:
     assert read(saved(tmp_path, X, MASK), AnyNumber()).names == ("input_0", "input_1")
 
 
+def test_one_array_for_one_argument_may_be_called_anything(tmp_path: Path) -> None:
+    """nn.Sequential calls its argument `input`, and nobody knows."""
+    assert read(saved(tmp_path, images=X), nn.Sequential(nn.Linear(3, 2))).names == ("input",)
+
+
 def test_floats_come_in_the_dtype_of_the_weights(tmp_path: Path) -> None:
     """NumPy's default is float64, and the network's seldom is; it is said."""
     file = saved(tmp_path, x=X.astype(np.float64), mask=MASK)

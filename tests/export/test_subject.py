@@ -1,0 +1,126 @@
+"""What is exported: a copy in eval mode, with names for what goes in and comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export.cost import budget
+from export.exporting import export_model
+from export.subject import of_module
+from service.errors import Refused, WrongCall
+from service.runtime import OnnxRuntime, place
+from tests.export.zoo import rows, settled
+
+X = rows(9, 5)
+Pair = namedtuple("Pair", ["mean", "spread"])
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: Tensor
+    hidden: Tensor
+
+
+class Gives(nn.Module):
+    """A network whose forward puts its answers into any kind of container."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.norm, self.kind = nn.BatchNorm1d(5), kind
+
+    def forward(self, x: Tensor) -> Any:
+        a, b = self.norm(x), x.sum(1)
+        made: dict[str, Any] = {
+            "tensor": a,
+            "tuple": (a, b),
+            "dict": {"logits": a, "the sum": b},
+            "namedtuple": Pair(a, b),
+            "dataclass": Answer(a, b),
+            "nested": {"a": [a, b]},
+            "nothing": "no tensor at all",
+        }
+        return made[self.kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("tensor", ("output",)),
+        ("tuple", ("output_0", "output_1")),
+        ("dict", ("logits", "the_sum")),
+        ("namedtuple", ("mean", "spread")),
+        ("nested", ("output_0", "output_1")),
+    ],
+)
+def test_outputs_are_called_what_forward_calls_them(kind: str, names: tuple[str, ...]) -> None:
+    assert of_module(Gives(kind), X).output_names == names
+
+
+def test_a_forward_without_tensors() -> None:
+    with pytest.raises(Refused, match="gives a str without tensors"):
+        of_module(Gives("nothing"), X)
+
+
+def test_it_is_a_copy_in_eval_mode() -> None:
+    network = Gives("tensor").train()
+    subject = of_module(network, X)
+    assert network.training
+    assert not any(part.training for part in subject.module.modules())
+    assert subject.module is not network
+
+
+@pytest.mark.parametrize("sample", [X, X.numpy(), [X], {"rows": X}])
+def test_rows_come_in_any_form(sample: Any) -> None:
+    subject = of_module(Gives("tensor"), sample)
+    assert torch.equal(subject.inputs[0], X)
+    assert subject.input_names == (("rows",) if isinstance(sample, dict) else ("input",))
+
+
+def test_probabilities_are_made_only_on_request() -> None:
+    network = settled(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), X)
+    with pytest.raises(Refused, match="--softmax serves the softmax"):
+        of_module(network, X, classes=["a", "b", "c"])
+    subject = of_module(network, X, classes=["a", "b", "c"], softmax=True)
+    with torch.no_grad():
+        torch.testing.assert_close(subject.module(X), network(X).softmax(1))
+    assert list(dict(subject.network.named_modules())) == list(dict(network.named_modules()))
+
+
+@pytest.mark.parametrize(
+    ("classes", "kind", "sentence"),
+    [(["a"] * 5, "tensor", "a class twice"), (["a", "b"], "tuple", "one output"), (["a"], "tensor", "names 1")],
+)
+def test_classes_that_do_not_fit(classes: list[str], kind: str, sentence: str) -> None:
+    with pytest.raises(WrongCall, match=sentence):
+        of_module(Gives(kind), X, classes=classes)
+
+
+def test_instance_norm_with_running_statistics_is_exported_as_what_it_is(tmp_path: Path) -> None:
+    """In eval mode it is a BatchNorm; as the exporter writes it, its statistics look computed (notes, F19)."""
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    network = nn.Sequential(nn.Conv2d(3, 4, 2), norm, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 2)).train()
+    x = rows(12, 3, 4, 4)
+    for _ in range(60):
+        network(x)
+    exported = export_model(network, x, name="net", models=tmp_path)
+    assert [layer.layer for layer in exported.passport.batchnorm] == ["1"]
+    (got,) = OnnxRuntime((exported.folder / "model.onnx").read_bytes(), place("cpu")).run([x.numpy()])
+    with torch.no_grad():
+        np.testing.assert_allclose(got, network.eval()(x).numpy(), rtol=1e-4, atol=1e-5)
+    assert isinstance(network[1], nn.InstanceNorm2d)
+
+
+def test_a_large_network_is_checked_with_fewer_rows() -> None:
+    """By a count of multiplications: the same on any machine."""
+    small = budget(nn.Linear(5, 3).eval(), [X])
+    assert (small.sample, small.analysed, small.batch, small.trials_per_axis) == (64, 64, 64, 3)
+    large = budget(nn.Conv2d(3, 64, 7, padding=3).eval(), [torch.zeros(2, 3, 960, 960)])  # 1.7e10 for an image
+    assert (large.sample, large.analysed, large.batch, large.trials_per_axis) == (3, 3, 3, 1)
