@@ -276,7 +276,7 @@ def _norms(network: nn.Module) -> dict[str, _BatchNorm]:
 # What depends on what
 
 
-class _Wide(Exact):
+class _Wide(Exact):  # type: ignore[no-untyped-call, unused-ignore]  # depends on the order in which mypy reads
     """Float64 from the start: a tensor that the network makes (`torch.zeros`) is widened when it is made.
 
     Were it only widened when it is read, what the network writes into it would go into a copy.
@@ -302,7 +302,7 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-class _Flow(_Wide):
+class _Flow(_Wide):  # type: ignore[no-untyped-call]
     """Marks every tensor with the layers that it depends on, by the storage that it lies in."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -560,8 +560,8 @@ class _Measuring:
 
     def _branches(self, layer: str, runs: Mapping[str, int], inputs: Sequence[Tensor]) -> Refused:
         return Refused(
-            f"layer '{layer}' runs {runs[layer]} times for a batch of {len(inputs[0])}, and {self._calls.get(layer, 0)} "
-            "times for the first two rows: the network's code branches on its rows, so its statistics would depend on "
+            f"layer '{layer}' runs {runs[layer]} times for a batch of {len(inputs[0])} and {self._calls.get(layer, 0)} "
+            "times for the first two rows: the network's code branches on its rows, and its statistics would depend on "
             "how they are divided"
         )
 

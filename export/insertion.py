@@ -13,8 +13,10 @@ standard deviation of 0.01. Both are found by the certificate here.
 1. The user's network is never touched; a copy comes back.
 2. The new layer is a child named `norm` of the layer that it follows, applied to that layer's output. So every key of
    the network's state stays what it was, and `LAYER.norm.*` come in addition.
-3. What comes back is certified on the rows given: each layer within 1e-5 of its range, the outputs within 1e-4 of
-   theirs, and the same argmax in every row.
+3. What comes back is certified on the rows given: each new layer runs once, within 1e-5 of its range, the outputs are
+   within 1e-4 of theirs, and the argmax of every row is the same.
+4. BatchNorm's channels are axis 1. Where a layer's features are last (a Linear over a sequence, and the activation
+   behind it), BatchNorm would normalise positions: it is refused, although eval mode would not show it.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from export.calibration import Moments, run_exactly
+from export.calibration import Moments, require_rows, run_exactly
 from export.rounding import flattened
 from service.errors import Refused, WrongCall, first_line, listing
 
@@ -52,11 +54,11 @@ class NormSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    channels: int
+    channels: int = Field(gt=0)
     axes: Literal[1, 2, 3]
     """BatchNorm1d, 2d or 3d."""
-    eps: float = 1e-5
-    momentum: float = 0.1
+    eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
+    momentum: float = Field(default=0.1, gt=0, le=1)
     """PyTorch's convention: the weight of the new batch."""
 
     def made(self) -> _BatchNorm:
@@ -75,6 +77,8 @@ class InsertedLayer:
     """max |y - x|"""
     range: float
     """max x - min x"""
+    gain: float
+    """The largest gamma / sqrt(var + eps): 1, where gamma was made of the statistics that the layer keeps."""
     dead_channels: int
     """Channels with the same value everywhere: train mode would multiply what comes by 1 / sqrt(eps)."""
 
@@ -124,11 +128,15 @@ def insert(
         batch_size: of the training that will follow, for `Inserted.shift`.
 
     Raises:
-        WrongCall: there is no such layer, or it has a BatchNorm or a child named `norm` already.
+        WrongCall: there is no such layer, it has a child named `norm` already, there are no rows or not as many in each
+            input, or eps or momentum is out of range.
         Refused: BatchNorm cannot stand there, the network fails on the rows, or the certificate does not hold.
     """
     if not after:
         raise WrongCall("name at least one layer to put BatchNorm after")
+    if not (0 < eps < math.inf and 0 < momentum <= 1):
+        raise WrongCall(f"eps {eps} must be above 0, and momentum {momentum} above 0 and 1 at most")
+    require_rows(inputs)
     original = copy.deepcopy(module).eval()
     specs = {
         layer: NormSpec(channels=shape[1], axes=max(len(shape) - 2, 1), eps=eps, momentum=momentum)  # type: ignore[arg-type]
@@ -154,17 +162,18 @@ def attach(module: nn.Module, specs: Mapping[str, NormSpec]) -> None:
         module: changed in place.
 
     Raises:
-        WrongCall: there is no such layer, or it has a child named `norm` already.
+        WrongCall: there is no such layer, or it has a child named `norm` already; nothing is changed then.
     """
-    for layer, spec in specs.items():
-        part = _part(module, layer)
-        if hasattr(part, CHILD):
-            raise WrongCall(f"layer '{layer}' has a '{CHILD}' already; name another layer")
-        like = next((value for value in module.parameters() if value.is_floating_point()), torch.zeros(()))
-        norm = spec.made().to(device=like.device)
+    parts = {layer: _place(module, layer) for layer in specs}
+    for layer, part in parts.items():
+        parameters = (value for value in (*part.parameters(), *module.parameters()) if value.is_floating_point())
+        like = next(parameters, torch.zeros(()))
+        # float32 beside float16, as autocast and conversion to half precision leave it; float64 takes nothing else
+        norm = specs[layer].made().to(like.device, torch.promote_types(like.dtype, torch.float32))
         norm.train(part.training)
         part.add_module(CHILD, norm)
-        part.register_forward_hook(_normalise_output)
+        if type(part).forward is not nn.Sequential.forward:  # it runs its children, and so the new last one
+            part.register_forward_hook(_normalise_output)
 
 
 def _normalise_output(part: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -176,28 +185,39 @@ def _normalise_output(part: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
 # May we?
 
 
-def _part(module: nn.Module, layer: str) -> nn.Module:
+def _place(module: nn.Module, layer: str) -> nn.Module:
+    """A layer that BatchNorm can become a child of."""
+    if not layer:
+        raise WrongCall("'' is the whole network; name a layer of it")
     parts: dict[str, nn.Module] = dict(module.named_modules())
-    if layer in parts:
-        return parts[layer]
-    similar = difflib.get_close_matches(layer, parts, n=3)
-    hint = f"; did you mean {listing(similar)}?" if similar else f"; it has {listing([p for p in parts if p], 12)}"
-    raise WrongCall(f"the network has no layer '{layer}'{hint}")
+    if layer not in parts:
+        similar = difflib.get_close_matches(layer, parts, n=3)
+        hint = f"; did you mean {listing(similar)}?" if similar else f"; it has {listing([p for p in parts if p], 12)}"
+        raise WrongCall(f"the network has no layer '{layer}'{hint}")
+    if hasattr(parts[layer], CHILD):
+        raise WrongCall(f"layer '{layer}' has a '{CHILD}' already; name another layer")
+    return parts[layer]
 
 
 def _output_shapes(network: nn.Module, layers: Sequence[str], inputs: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
-    """What each layer gives for the rows, once it is sure that BatchNorm can follow it."""
-    parts = {layer: _part(network, layer) for layer in layers}
-    for layer, part in parts.items():
-        if hasattr(part, CHILD):
-            raise WrongCall(f"layer '{layer}' has a '{CHILD}' already; name another layer")
+    """What each layer gives for the first rows, once it is sure that BatchNorm can follow it."""
+    parts = {layer: _place(network, layer) for layer in layers}
     seen: dict[str, list[object]] = {layer: [] for layer in layers}
-    hooks = [
+    features_last: list[Tensor] = []  # the tensors themselves, so that none of their ids is used again
+
+    def follow(part: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        passed_on = type(part).__module__ in _ELEMENTWISE and any(args[0] is tensor for tensor in features_last)
+        if isinstance(output, Tensor) and (passed_on or _gives_features_last(part, output)):
+            features_last.append(output)
+
+    hooks = [part.register_forward_hook(follow) for part in network.modules() if not list(part.children())]
+    hooks += [
         part.register_forward_hook(lambda _part, _args, output, layer=layer: seen[layer].append(output))
         for layer, part in parts.items()
     ]
+    rows = min(2, len(inputs[0]))
     try:
-        _answers(network, [tensor[:2] for tensor in inputs])
+        _answers(network, [tensor[:rows] for tensor in inputs])
     finally:
         for hook in hooks:
             hook.remove()
@@ -209,18 +229,38 @@ def _output_shapes(network: nn.Module, layers: Sequence[str], inputs: Sequence[T
             )
         (output,) = outputs
         if not isinstance(output, Tensor) or not output.is_floating_point():
-            raise Refused(f"layer '{layer}' gives a {type(output).__name__}; BatchNorm takes one tensor of floats")
-        if not 2 <= output.ndim <= 5:
+            raise Refused(f"layer '{layer}' gives {_kind(output)}; BatchNorm takes one tensor of floats")
+        shape = list(output.shape)
+        if not 2 <= output.ndim <= 5 or not output.numel():
+            raise Refused(f"layer '{layer}' gives the shape {shape}; BatchNorm takes [batch, channels, ...]")
+        if len(output) % rows:
             raise Refused(
-                f"layer '{layer}' gives the shape {list(output.shape)}; BatchNorm takes [batch, channels, ...]"
+                f"layer '{layer}' gives the shape {shape} for {rows} rows: its first axis is not the batch, and "
+                "BatchNorm takes [batch, channels, ...]"
             )
-        if output.ndim == 3 and isinstance(parts[layer], nn.Linear | nn.LayerNorm | nn.Embedding):
+        if any(output is tensor for tensor in features_last):
             raise Refused(
-                f"layer '{layer}' gives the shape {list(output.shape)} with its features on the last axis; BatchNorm "
-                "takes axis 1 for the channels, and would normalise positions"
+                f"layer '{layer}' gives the shape {shape} with its features on the last axis; BatchNorm takes axis 1 "
+                "for the channels, and would normalise positions"
             )
         found[layer] = tuple(output.shape)
     return found
+
+
+_ELEMENTWISE = frozenset({"torch.nn.modules.activation", "torch.nn.modules.dropout"})
+"""Where the layers are defined that leave each axis where it is."""
+
+
+def _gives_features_last(part: nn.Module, output: Tensor) -> bool:
+    if isinstance(part, nn.LayerNorm | nn.RMSNorm):  # over [channels, ...] the channels are still on axis 1
+        return output.ndim > 1 + len(part.normalized_shape)
+    return output.ndim > 2 and isinstance(part, nn.Linear | nn.Bilinear | nn.Embedding)
+
+
+def _kind(output: object) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor of {str(output.dtype).removeprefix('torch.')}"
+    return f"a {type(output).__name__}"
 
 
 # Do it
@@ -252,7 +292,10 @@ def _make_identities(
             raise Refused(f"layer '{layer}' gives NaN or infinity on these rows")
         if moments.count < 2:
             raise Refused(f"layer '{layer}' gives a single value in each channel; statistics need more rows")
-        _make_identity(_norm(changed, layer), moments.mean_C, moments.m2_C / moments.count)
+        norm = _norm(changed, layer)
+        _make_identity(norm, moments.mean_C, moments.m2_C / moments.count)
+        if not torch.isfinite(norm.weight).all():
+            raise Refused(f"layer '{layer}' gives values whose variance is too large for float32; scale the data")
 
 
 @torch.no_grad()
@@ -282,27 +325,40 @@ def _certified(
 ) -> tuple[tuple[InsertedLayer, ...], float]:
     """Every layer's certificate and the relative error of the outputs, on all rows."""
     evaluated = copy.deepcopy(changed).eval()
-    error = dict.fromkeys(specs, 0.0)
+    error, runs = dict.fromkeys(specs, 0.0), dict.fromkeys(specs, 0)
     lowest, highest = dict.fromkeys(specs, math.inf), dict.fromkeys(specs, -math.inf)
 
     def look(layer: str, x: Tensor, y: Tensor) -> None:
-        error[layer] = max(error[layer], float((y - x).double().abs().max()))
+        runs[layer] += 1
+        error[layer] = max(error[layer], _largest(y.double() - x.double()))
         lowest[layer], highest[layer] = min(lowest[layer], float(x.min())), max(highest[layer], float(x.max()))
 
     for layer in specs:
         _norm(evaluated, layer).register_forward_hook(lambda _part, args, y, layer=layer: look(layer, args[0], y))
     largest = difference = 0.0
-    for start in range(0, len(inputs[0]), _ROWS_AT_ONCE):
+    starts = range(0, len(inputs[0]), _ROWS_AT_ONCE)
+    for start in starts:
         rows = [tensor[start : start + _ROWS_AT_ONCE] for tensor in inputs]
         for one, other in zip(_answers(original, rows), _answers(evaluated, rows), strict=True):
-            if not one.is_floating_point():
-                continue
-            largest = max(largest, float(one.double().abs().max()))
-            difference = max(difference, float((one.double() - other.double()).abs().max()))
-            if one.ndim == 2 and one.shape[1] > 1 and not torch.equal(one.argmax(1), other.argmax(1)):
+            decided_C = one.is_floating_point() and one.ndim == 2 and one.shape[1] > 1
+            if not torch.isfinite(one).all():
+                raise Refused(
+                    "the network's own outputs are not finite on these rows; look for values unlike training's"
+                )
+            if decided_C and not torch.equal(one.argmax(1), other.argmax(1)):
                 row = start + int((one.argmax(1) != other.argmax(1)).nonzero()[0])
                 raise Refused(f"with BatchNorm put in, the network decides otherwise in row {row}; nothing was written")
+            if one.is_floating_point():
+                largest = max(largest, _largest(one))
+                difference = max(difference, _largest(one.double() - other.double()))
+            elif not torch.equal(one, other):
+                raise Refused("with BatchNorm put in, an output of whole numbers changes; nothing was written")
     for layer in specs:
+        if runs[layer] != len(starts):
+            raise Refused(
+                f"layer '{layer}' runs all of its children, the new '{CHILD}' among them, so BatchNorm would stand there "
+                "twice; name its last child"
+            )
         allowed = LAYER_TOLERANCE * (highest[layer] - lowest[layer])
         if not error[layer] <= max(allowed, float(torch.finfo(torch.float32).tiny)):
             raise Refused(
@@ -321,11 +377,22 @@ def _certified(
             spec=spec,
             error=error[layer],
             range=highest[layer] - lowest[layer],
+            gain=_gain(_norm(changed, layer)),
             dead_channels=_dead_channels(_norm(changed, layer)),
         )
         for layer, spec in specs.items()
     )
     return layers, output_error
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest absolute value; NaN is larger than any."""
+    return float(tensor.double().abs().nan_to_num(nan=math.inf).max())
+
+
+def _gain(norm: _BatchNorm) -> float:
+    assert norm.running_var is not None
+    return float((norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()).max())
 
 
 def _dead_channels(norm: _BatchNorm) -> int:
@@ -350,14 +417,20 @@ def _train_mode_shift(
         batch = [tensor[order[start : start + batch_size]] for tensor in inputs]
         if len(batch[0]) < min(batch_size, rows):
             break  # a smaller batch than training's would say more than there is
-        wanted.append(_answers(evaluated, batch)[0].double().flatten(1))
+        wanted.append(_first(_answers(evaluated, batch)))
         try:
-            moved.append(_answers(training, batch)[0].double().flatten(1))
+            moved.append(_first(_answers(training, batch)))
         except Refused:  # one value per channel
             return None
     before, after = torch.cat(wanted), torch.cat(moved)
     in_std = (after - before).abs() / before.std(0, correction=0).clamp_min(_DEAD)
     return TrainModeShift(batch_size=min(batch_size, rows), median=float(in_std.median()), largest=float(in_std.max()))
+
+
+def _first(outputs: Sequence[Tensor]) -> Tensor:
+    """The first output of floats, or of anything."""
+    output = next((output for output in outputs if output.is_floating_point()), outputs[0])
+    return output.double().reshape(len(output), -1)
 
 
 def _answers(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
