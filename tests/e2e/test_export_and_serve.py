@@ -60,7 +60,8 @@ def test_the_report_fits_a_browser(width: int, tmp_path: Path) -> None:
     exported = export_model(network, torch.randn(9, 7), name="a" * 60, models=tmp_path)
     page = exported.report.read_text(encoding="utf-8")
     # the page itself lets no script in: the measuring one goes into a copy without that line
-    measuring = "<script>document.title = document.documentElement.scrollWidth + ' of ' + document.documentElement.clientWidth</script></body>"
+    widths = "document.documentElement.scrollWidth + ' of ' + document.documentElement.clientWidth"
+    measuring = f"<script>document.title = {widths}</script></body>"
     policy = next(line for line in page.splitlines() if "Content-Security-Policy" in line)
     (tmp_path / "measured.html").write_text(page.replace(policy, "").replace("</body>", measuring), encoding="utf-8")
     # a window cannot be as narrow as a phone; a frame can
