@@ -164,7 +164,7 @@ def export_subject(it: Subject, *, name: str, models: Path, say: Say = lambda _:
     """
     model_folder = models / bundle.checked_name(name)
     budget = cost.budget(it.module, it.inputs)
-    findings = _audited(it, say)
+    findings = _audited(it, budget, say)
     converted = _converted(it, say)
     rows = tuple(tensor[: budget.sample] for tensor in it.inputs)
     measured = _measured(it, converted, rows, budget, say)
@@ -204,8 +204,8 @@ def export_subject(it: Subject, *, name: str, models: Path, say: Say = lambda _:
     return Exported(folder=folder, passport=passport, size_bytes=size_bytes, findings=findings, gap=gap)
 
 
-def _audited(it: Subject, say: Say) -> tuple[Finding, ...]:
-    findings = audit_module(it.network, settled=it.settled)
+def _audited(it: Subject, budget: Budget, say: Say) -> tuple[Finding, ...]:
+    findings = audit_module(it.network, [tensor[: budget.analysed] for tensor in it.inputs], settled=it.settled)
     errors, warnings = ([f for f in findings if f.severity == severity] for severity in ("error", "warning"))
     figure = f"errors: {len(errors)}, warnings: {len(warnings)}" if errors or warnings else "healthy"
     verdict: Literal["passed", "failed"] = "failed" if errors else "passed"

@@ -206,7 +206,7 @@ def _output_shapes(network: nn.Module, layers: Sequence[str], inputs: Sequence[T
     features_last: list[Tensor] = []  # the tensors themselves, so that none of their ids is used again
 
     def follow(part: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        passed_on = type(part).__module__ in _ELEMENTWISE and any(args[0] is tensor for tensor in features_last)
+        passed_on = type(part).__module__ in _ELEMENTWISE and any(x is tensor for x in args for tensor in features_last)
         if isinstance(output, Tensor) and (passed_on or _gives_features_last(part, output)):
             features_last.append(output)
 
@@ -340,12 +340,12 @@ def _certified(
     for start in starts:
         rows = [tensor[start : start + _ROWS_AT_ONCE] for tensor in inputs]
         for one, other in zip(_answers(original, rows), _answers(evaluated, rows), strict=True):
-            decided_C = one.is_floating_point() and one.ndim == 2 and one.shape[1] > 1
+            decides = one.is_floating_point() and one.ndim == 2 and one.shape[1] > 1
             if not torch.isfinite(one).all():
                 raise Refused(
                     "the network's own outputs are not finite on these rows; look for values unlike training's"
                 )
-            if decided_C and not torch.equal(one.argmax(1), other.argmax(1)):
+            if decides and not torch.equal(one.argmax(1), other.argmax(1)):
                 row = start + int((one.argmax(1) != other.argmax(1)).nonzero()[0])
                 raise Refused(f"with BatchNorm put in, the network decides otherwise in row {row}; nothing was written")
             if one.is_floating_point():
@@ -356,8 +356,8 @@ def _certified(
     for layer in specs:
         if runs[layer] != len(starts):
             raise Refused(
-                f"layer '{layer}' runs all of its children, the new '{CHILD}' among them, so BatchNorm would stand there "
-                "twice; name its last child"
+                f"layer '{layer}' runs all of its children, the new '{CHILD}' among them, so BatchNorm would stand "
+                "there twice; name its last child"
             )
         allowed = LAYER_TOLERANCE * (highest[layer] - lowest[layer])
         if not error[layer] <= max(allowed, float(torch.finfo(torch.float32).tiny)):
@@ -387,7 +387,7 @@ def _certified(
 
 def _largest(tensor: Tensor) -> float:
     """The largest absolute value; NaN is larger than any."""
-    return float(tensor.double().abs().nan_to_num(nan=math.inf).max())
+    return float(tensor.double().abs().nan_to_num(nan=math.inf).max()) if tensor.numel() else 0.0
 
 
 def _gain(norm: _BatchNorm) -> float:

@@ -7,14 +7,17 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.functional import relu
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
@@ -47,6 +50,20 @@ class Parallel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         answer: Tensor = self.join(torch.cat([self.a(x).relu_(), self.b(-x)], 1))
         return answer
+
+
+class Dense(nn.Module):
+    """DenseNet: each layer takes all that was before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(channels) for channels in (3, 5, 7)])
+        self.convs = nn.ModuleList([nn.Conv2d(channels, 2, 1) for channels in (3, 5, 7)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = torch.cat([x, conv(relu(norm(x)))], 1)
+        return x
 
 
 def norms(module: nn.Module) -> list[_BatchNorm]:
@@ -133,27 +150,159 @@ def test_independent_layers_share_a_pass() -> None:
 
     assert plan(Shortcut(), [images]).levels == (("block.main.1", "block.short"),)
     assert len(plan(nn.Sequential(Residual(6), Residual(6)), [images]).levels) == 4
+    assert plan(Dense(), [rows(4, 3, 5, 5)]).levels == (("norms.0",), ("norms.1",), ("norms.2",))
 
 
-def test_the_network_is_bit_for_bit_what_it_was() -> None:
-    """Modes, hooks and buffers too, also where it fails in the middle."""
+class ByNumber(nn.Module):
+    """The second layer depends on the first through a Python number only."""
 
-    class Fails(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = self.first(input=x).max().item()
+        answer: Tensor = self.second(x * largest)
+        return answer
+
+
+def test_what_depends_through_a_number_comes_later() -> None:
+    """It cannot be followed, so all that comes after it may depend on it; and layers may be called by keyword."""
+    assert plan(ByNumber(), [rows(4, 5)]).levels == (("first",), ("second",))
+
+
+def test_weights_are_no_values_of_a_row() -> None:
+    """30 sums and 30 normalised ones, in float64."""
+    assert plan(nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30)), [rows(6, 20)]).bytes_per_row == 2 * 30 * 8
+
+
+def test_a_layer_at_two_places_has_the_statistics_of_both() -> None:
+    """Where none of them depends on the other."""
+
+    class Siamese(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = nn.BatchNorm1d(5), nn.BatchNorm1d(4)
+            self.norm = nn.BatchNorm1d(5)
 
-        def forward(self, x: Tensor) -> Tensor:
-            answer: Tensor = self.second(self.first(x))
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            answer: Tensor = self.norm(one) - self.norm(other)
             return answer
 
-    network = Fails().train()
-    before = copy.deepcopy(network.state_dict())
-    with pytest.raises(Refused, match="the network fails on these rows"):
-        calibrate(network, [rows(8, 5)])
-    assert network.training
-    assert all(not part._forward_pre_hooks for part in network.modules())
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    one, other = rows(9, 5), rows(9, 5, mean=-1.0, seed=4)
+    found = calibrate(Siamese(), [one, other], batch_size=4)
+    exact = batch_statistics(torch.cat([one, other]).double().numpy())
+    assert (found.passes, found.layers[0].count) == (1, 18)
+    np.testing.assert_allclose(found.layers[0].mean_C, exact.mean_C, rtol=1e-12)
+    np.testing.assert_allclose(found.layers[0].var_C, exact.var_C, rtol=1e-12)
+
+
+class WritesIntoItsOwn(nn.Module):
+    """Fills a tensor that it makes, in float32 as torch makes it, and divides whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        filled = torch.zeros(len(x), 5)
+        filled[:, :3] = x[:, :3]
+        filled[:, 3:] += x[:, 3:] * (torch.arange(2) / 2)
+        answer: Tensor = self.norm(filled)
+        return answer
+
+
+def test_what_a_network_writes_into_its_own_tensor_is_measured() -> None:
+    x = rows(9, 5)
+    (layer,) = calibrate(WritesIntoItsOwn(), [x]).layers
+    exact = batch_statistics((x.double() * torch.tensor([1, 1, 1, 0, 0.5])).numpy())
+    np.testing.assert_allclose(layer.mean_C, exact.mean_C, rtol=1e-12)
+    np.testing.assert_allclose(layer.var_C, exact.var_C, rtol=1e-12)
+
+
+class OfSome(nn.Module):
+    """A layer that sees a part of the rows: none, in some batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.norm(x[x[:, 0] > 2.8])
+        return answer
+
+
+def test_a_layer_that_a_batch_does_not_reach() -> None:
+    """It adds nothing, and no NaN."""
+    x = rows(20, 5)
+    x = x[x[:, 0].argsort(descending=True)]
+    assert 2 < int((x[:, 0] > 2.8).sum()) < 18
+    assert_same(calibrate(OfSome(), [x]), calibrate(OfSome(), [x], batch_size=1, memory_bytes=0))
+
+
+class FailsInTheMiddle(nn.Module):
+    """Between its layers, once a value is above 100: which the first two rows do not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if (x > 100).any():
+            raise ValueError("above 100")
+        answer: Tensor = self.second(hidden)
+        return answer
+
+
+FAILING = torch.cat([rows(7, 5), torch.full((1, 5), 101.0)])
+
+
+def everything(network: nn.Module) -> list[object]:
+    """State in bytes, modes, gradients and hooks."""
+    return [
+        {key: value.numpy().tobytes() for key, value in network.state_dict().items()},
+        [part.training for part in network.modules()],
+        [parameter.requires_grad for parameter in network.parameters()],
+        [(*part._forward_pre_hooks, *part._forward_hooks) for part in network.modules()],
+    ]
+
+
+@pytest.mark.parametrize("memory_bytes", [2**30, 0])
+@pytest.mark.parametrize("x", [FAILING[:7], FAILING])
+def test_the_network_is_bit_for_bit_what_it_was(x: Tensor, memory_bytes: int) -> None:
+    """Also where it fails in the middle."""
+    network = FailsInTheMiddle().train()
+    network.second.eval()
+    network.first.requires_grad_(False)
+    before = everything(network)
+    if x is FAILING:
+        with pytest.raises(Refused, match="the network fails on these rows: above 100"):
+            calibrate(network, [x], batch_size=3, memory_bytes=memory_bytes)
+    else:
+        calm = applied(network, calibrate(network, [x], batch_size=3, memory_bytes=memory_bytes))
+        assert everything(calm)[1:] == before[1:]
+    assert everything(network) == before
+
+
+def test_what_is_never_called_is_named_and_left_alone() -> None:
+    """A spare BatchNorm, and InstanceNorm, which has running statistics of another meaning."""
+
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.instance, self.norm = nn.InstanceNorm1d(3, track_running_stats=True), nn.BatchNorm1d(3)
+            self.spare = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.norm(self.instance(x))
+            return answer
+
+    network = Spare()
+    found = calibrate(network, [rows(8, 3, 6)])
+    assert ([layer.layer for layer in found.layers], found.unused) == (["norm"], ("spare",))
+    calm = applied(network, found).state_dict()
+    changed = {key for key, value in network.state_dict().items() if not torch.equal(value, calm[key])}
+    assert changed == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
 
 def test_what_is_applied_is_all_that_changes() -> None:
@@ -191,6 +340,11 @@ def test_half_precision() -> None:
         applied(network, calibrate(network, [rows(9, 5).half() * 5000]))
 
 
+def test_statistics_of_another_network() -> None:
+    with pytest.raises(WrongCall, match="no BatchNorm '1' of 7 channels"):
+        applied(nn.Sequential(nn.Linear(5, 1), nn.BatchNorm1d(1)), calibrate(mlp(), [rows(9, 5)]))
+
+
 def test_progress_is_told() -> None:
     told: list[tuple[int, int]] = []
     calibrate(mlp(), [rows(10, 5)], batch_size=4, memory_bytes=0, on_progress=lambda *at: told.append(at))
@@ -210,6 +364,30 @@ class FeedsItself(nn.Module):
         return answer
 
 
+class OnlyInCompany(nn.Module):
+    """Code that branches on the number of rows (notes, F9)."""
+
+    def __init__(self, *, alone: bool = False) -> None:
+        super().__init__()
+        self.norm, self.other, self.alone = nn.BatchNorm1d(5), nn.BatchNorm1d(5), alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.norm(x) if (len(x) == 1) == self.alone else x
+        answer: Tensor = self.other(hidden)
+        return answer
+
+
+class Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.kept = nn.BatchNorm1d(5), torch.zeros(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept += x.sum(0)
+        answer: Tensor = self.norm(x + self.kept)
+        return answer
+
+
 @pytest.mark.parametrize(
     ("network", "inputs", "sentence"),
     [
@@ -220,11 +398,21 @@ class FeedsItself(nn.Module):
         (mlp(), [rows(1, 5)], "layer '1' sees a single value in each channel"),
         (mlp(), [rows(4, 5) * torch.inf], "layer '1' is reached by NaN or infinity"),
         (mlp(), [rows(4, 6)], "the network fails on these rows"),
+        (mlp(), [], "no rows"),
+        (OnlyInCompany(), [rows(4, 5)], "layer 'norm' runs 0 times for a batch of 1 and 1 times for the first two"),
+        (OnlyInCompany(alone=True), [rows(4, 5)], "layer 'norm' runs 1 times for a batch of 1 and 0 times for the fi"),
+        (Keeps(), [rows(4, 5)], "writes into a float32 tensor that it keeps"),
+        (nn.Sequential(nn.LazyBatchNorm1d()), [rows(4, 5)], "lazy layers that never saw a row"),
     ],
 )
 def test_what_cannot_be_measured(network: nn.Module, inputs: list[Tensor], sentence: str) -> None:
     with pytest.raises((Refused, WrongCall), match=sentence):
-        calibrate(network, inputs)
+        calibrate(network, inputs, batch_size=3, memory_bytes=0)
+
+
+def test_a_batch_has_rows() -> None:
+    with pytest.raises(WrongCall, match="a batch of 0 rows"):
+        calibrate(mlp(), [rows(4, 5)], batch_size=0)
 
 
 # What the usual tool does on the same data (notes, facts 7, F3, F7, F10, F14)
@@ -265,6 +453,21 @@ def test_no_data() -> None:
         calibrate(usual, [rows(0, 5)])
 
 
+def test_a_failure_in_the_middle() -> None:
+    """The usual tool leaves the network in train mode, its momentum lost and its statistics reset."""
+    usual = FailsInTheMiddle().eval()
+    before = everything(usual)
+    with pytest.raises(ValueError, match="above 100"):
+        update_bn(loader(FAILING, 8), usual)
+    assert usual.training
+    assert [norm.momentum for norm in norms(usual)] == [None, None]
+    ours = FailsInTheMiddle().eval()
+    with pytest.raises(Refused, match="above 100"):
+        calibrate(ours, [FAILING])
+    assert everything(ours)[1:] == before[1:]
+    assert [norm.momentum for norm in norms(ours)] == [0.1, 0.1]
+
+
 def test_small_batches_in_a_deep_network() -> None:
     """Measured behind layers that normalise by the batch, the last layer sees something else than in eval mode."""
     network, x = mlp(6, dropout=0.0), rows(512, 5)
@@ -298,40 +501,92 @@ def test_dropout_is_off() -> None:
 
 # Several processes
 
-PROGRAM = """
-import sys, torch
-from torch import distributed
-from export.calibration import calibrate, shard
-from tests.export.test_calibration import mlp
-from tests.export.zoo import rows
-distributed.init_process_group("gloo")
-rank, world = distributed.get_rank(), distributed.get_world_size()
-count, memory = int(sys.argv[1]), int(sys.argv[2])
-found = calibrate(mlp(), shard([rows(count, 5)], rank, world), batch_size=4, memory_bytes=memory)
-torch.save({layer.layer: (layer.mean_C, layer.var_C, layer.count) for layer in found.layers}, f"{sys.argv[3]}/{rank}")
-distributed.destroy_process_group()
-"""
+Divided = Callable[[Tensor, int], Tensor]
+SHARDS: dict[str, tuple[int, int, Divided]] = {
+    "one pass": (23, 2**30, lambda x, rank: shard([x], rank, 2)[0]),
+    "a pass for each level": (23, 0, lambda x, rank: shard([x], rank, 2)[0]),
+    "one batch more": (17, 0, lambda x, rank: shard([x], rank, 2)[0]),
+    "no rows": (23, 2**30, lambda x, rank: x[: 23 * rank]),
+    "a single row": (23, 2**30, lambda x, rank: x[:1] if rank else x[1:]),
+}
+"""How many rows, the memory, and what each process gets of them."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("count", "memory_bytes"), [(23, 2**30), (23, 0), (1 + 2 * 8, 0)])
-def test_two_processes_are_one(count: int, memory_bytes: int, tmp_path: Path) -> None:
-    """Each has its own rows, not as many and not in as many batches; both get what one process gets."""
+def run_as_one_of_two(folder: str) -> None:
+    """What each process does; `test_two_processes_are_one` starts them."""
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=40))
+    rank = distributed.get_rank()
+    found: dict[str, object] = {}
+    for name, (count, memory_bytes, divided) in SHARDS.items():
+        share = divided(rows(count, 5), rank)
+        got = calibrate(mlp(), [share], batch_size=4, memory_bytes=memory_bytes)
+        found[name] = (got.rows, {layer.layer: (layer.mean_C, layer.var_C, layer.count) for layer in got.layers})
+    broken = {"its rows do not fit": rows(8, 6), "above 100": FAILING, "nothing at all": rows(0, 5)}
+    for name, share in broken.items():
+        for memory_bytes in (2**30, 0):
+            mine = share if rank or name == "nothing at all" else FAILING[:7]
+            try:
+                calibrate(FailsInTheMiddle(), [mine], batch_size=2, memory_bytes=memory_bytes)
+            except (Refused, WrongCall) as error:
+                found[f"{name}, {memory_bytes}"] = str(error)
+    torch.save(found, f"{folder}/{rank}")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found; they start once for all tests."""
+    folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", PROGRAM, str(count), str(memory_bytes), str(tmp_path)]
-    started = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(2)]
-    assert [process.wait(timeout=50) for process in started] == [0, 0]
+    program = f"from tests.export.test_calibration import run_as_one_of_two; run_as_one_of_two({str(folder)!r})"
+    started = [
+        subprocess.Popen([sys.executable, "-c", program], env={**environment, "RANK": str(rank)}) for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=50) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDS)
+def test_two_processes_are_one(name: str, two_processes: list[dict[str, Any]]) -> None:
+    """Each has its own rows, not as many, not in as many batches, or none; both get what one process gets."""
+    count, _, _ = SHARDS[name]
     alone = calibrate(mlp(), [rows(count, 5)])
-    for rank in range(2):
-        found = torch.load(tmp_path / str(rank), weights_only=False)
+    for found in two_processes:
+        total, layers = found[name]
+        assert total == count
         for layer in alone.layers:
-            mean_C, var_C, seen = found[layer.layer]
+            mean_C, var_C, seen = layers[layer.layer]
             np.testing.assert_allclose(mean_C, layer.mean_C, rtol=1e-12, atol=1e-14)
             np.testing.assert_allclose(var_C, layer.var_C, rtol=1e-12)
             assert seen == layer.count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_bytes", [2**30, 0])
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("its rows do not fit", "the network fails on these rows"),
+        ("above 100", "the network fails on these rows: above 100"),
+        ("nothing at all", "there are no rows"),
+    ],
+)
+def test_where_one_process_fails_all_do(
+    name: str, sentence: str, memory_bytes: int, two_processes: list[dict[str, Any]]
+) -> None:
+    """With the same sentence, and nobody waits: not before the first pass, and not inside one."""
+    first, second = (found[f"{name}, {memory_bytes}"] for found in two_processes)
+    assert first == second
+    assert first.startswith(sentence)
 
 
 def test_shards_are_a_division() -> None:

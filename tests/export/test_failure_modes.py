@@ -398,7 +398,7 @@ def test_code_that_skips_batchnorm_for_one_row(tmp_path: Path) -> None:
     usual = by_dynamo(network, optimize=False)
     assert far(onnx_answers(usual, X[:1]), torch_answers(network, X[:1])) > 0.1
     assert {"BN018", "BN019"} <= rules(audit_module(network, [X]))
-    with pytest.raises(Refused, match=r"branches on the batch size: .*only batches of 1 are wrong"):
+    with pytest.raises(Refused, match=r"BN019: .*between 1 row and 2 rows: the number of rows matters"):
         export_model(network, {"x": X}, name="net", models=tmp_path)
     assert not any(tmp_path.iterdir())
 
