@@ -151,14 +151,15 @@ def calibrate(
     """
     if batch_size < 1:
         raise WrongCall(f"a batch of {batch_size} rows is none; batch_size is 1 or more")
-    prepared = _of_all_processes(_attempted(lambda: _Share.of(module, inputs, memory_bytes)))
-    plans = [share.plan for share in prepared if share.plan is not None]
+    network = _prepared(module)
+    shares = _of_all_processes(_attempted(lambda: _Share.of(network, inputs, memory_bytes)))
+    plans = [share.plan for share in shares if share.plan is not None]
     if not plans:
         raise WrongCall("there are no rows to measure statistics on")
     planned = plans[0]
     # all processes run the same number of forwards then, so that they can meet inside one
-    one_pass = all(share.plan is not None and share.plan.one_pass for share in prepared)
-    measuring = _Measuring(_prepared(module), planned.calls)
+    one_pass = all(share.plan is not None and share.plan.one_pass for share in shares)
+    measuring = _Measuring(network, planned.calls)
     if one_pass:
         measuring.settle_as_reached(inputs)
         on_progress(1, 1)
@@ -174,7 +175,7 @@ def calibrate(
     return Calibrated(
         layers=tuple(_layer(module, layer, measuring.settled[layer]) for layer in planned.calls),
         passes=1 if one_pass else len(planned.levels),
-        rows=sum(share.rows for share in prepared),
+        rows=sum(share.rows for share in shares),
         unused=planned.unused,
     )
 
@@ -239,8 +240,7 @@ class _Share:
     """None where there are no rows to follow."""
 
     @classmethod
-    def of(cls, module: nn.Module, inputs: Sequence[Tensor], memory_bytes: int) -> _Share:
-        network = _prepared(module)
+    def of(cls, network: nn.Module, inputs: Sequence[Tensor], memory_bytes: int) -> _Share:
         if inputs and not any(len(tensor) for tensor in inputs):
             return cls(rows=0, plan=None)
         require_rows(inputs)
@@ -425,7 +425,7 @@ def run_exactly(network: nn.Module, inputs: Sequence[Tensor], mode: Exact | None
     try:
         with torch.no_grad(), attention_in_parts(), mode or _Wide():  # type: ignore[no-untyped-call]
             network(*widened)
-    except (_Enough, EvalmodeError):
+    except EvalmodeError:
         raise
     except Exception as error:  # the network's own code may raise anything
         raise Refused(f"the network fails on these rows: {first_line(error)}") from error
@@ -462,8 +462,11 @@ class Moments:
         )
 
 
-class _Enough(Exception):
-    """All layers of a level were measured: the rest of the pass would be for nothing."""
+class _Enough(BaseException):
+    """All layers of a level were measured: the rest of the pass would be for nothing.
+
+    Not an `Exception`, which the network's own code may catch.
+    """
 
 
 class _Measuring:

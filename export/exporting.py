@@ -55,6 +55,8 @@ class Check:
 
 
 Say = Callable[[Check], None]
+OnStage = Callable[[str], None]
+"""Is told what is done next, for somebody who waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +75,16 @@ class Exported:
         return self.folder / REPORT_FILE
 
 
-def export_checkpoint(folder: Path, *, name: str, models: Path, say: Say = lambda _: None) -> Exported:
+def export_checkpoint(
+    folder: Path, *, name: str, models: Path, table: Path | None = None, say: Say = lambda _: None
+) -> Exported:
     """Export a checkpoint of `evalmode train` as the next version of a model.
 
     Args:
         folder: the checkpoint; not changed.
         name: the model's.
         models: the repository; made if it is not there.
+        table: that the network learned from, for the gap report.
         say: is called with each check, in order.
 
     Raises:
@@ -88,7 +93,7 @@ def export_checkpoint(folder: Path, *, name: str, models: Path, say: Say = lambd
     """
     bundle.checked_name(name)
     with one_thread():
-        return export_subject(subject.of_checkpoint(folder), name=name, models=models, say=say)
+        return export_subject(subject.of_checkpoint(folder, table=table), name=name, models=models, say=say)
 
 
 def export_model(
@@ -152,23 +157,30 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def export_subject(it: Subject, *, name: str, models: Path, say: Say = lambda _: None) -> Exported:
+def export_subject(
+    it: Subject, *, name: str, models: Path, say: Say = lambda _: None, on_stage: OnStage = lambda _: None
+) -> Exported:
     """The line itself; see the module.
 
     Args:
         say: is called with each check, in order.
+        on_stage: is called before each part of the work.
 
     Raises:
         WrongCall: the repository cannot be written to.
         Refused: a check failed; nothing is written then.
     """
     model_folder = models / bundle.checked_name(name)
+    on_stage("auditing")
     budget = cost.budget(it.module, it.inputs)
     findings = _audited(it, budget, say)
+    on_stage("converting to ONNX")
     converted = _converted(it, say)
+    on_stage("comparing with PyTorch, at four optimisation levels")
     rows = tuple(tensor[: budget.sample] for tensor in it.inputs)
     measured = _measured(it, converted, rows, budget, say)
     divergence = _train_eval_divergence(it, measured, rows, say)
+    on_stage("judging the running statistics")
     gap = _gap(it, say)
     contents = {bundle.MODEL_FILE: converted.model.SerializeToString(), **_golden_files(it.module, rows)}
     with _writable(models):
@@ -194,6 +206,7 @@ def export_subject(it: Subject, *, name: str, models: Path, say: Say = lambda _:
             },
             card=it.card,
         )
+        on_stage("leading it through the service's admission")
         admitted = _admitted(
             Bundle(name=name, version=version, folder=folder, contents=contents, passport=draft), budget, say
         )

@@ -15,6 +15,8 @@ What the difference says, in this order:
 
     fine            no layer is farther off than `NOTICEABLE`
     not converged   more than 1 % of the initial values is left, and de-biasing brings the worst layer to half or less
+    dropout         with dropout on, the stored statistics are right: dropout stands before a BatchNorm, and widens in
+                    training what reaches it (Li et al. 2018, arXiv 1801.05134)
     noisy           what an average over 1 / momentum batches is off by chance
     drifted         a layer that sees the rows themselves, before any weights, is off: they are unlike those of training
     stale           the weights have moved on since the averages were taken; or, where no layer sees the rows
@@ -36,8 +38,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
-from export.calibration import Calibrated, applied, calibrate
+from export.calibration import Calibrated, Moments, Vector, applied, calibrate, run_exactly
 from export.rounding import flattened
 from export.subject import Data
 from service.errors import WrongCall
@@ -48,7 +51,7 @@ NOTICEABLE = 0.02
 NOTICED_WEIGHT = 0.01
 _ROWS_AT_ONCE = 1024
 
-Verdict = Literal["fine", "not converged", "drifted", "noisy", "stale"]
+Verdict = Literal["fine", "not converged", "dropout", "noisy", "drifted", "stale"]
 
 TRAIN, STORED, DEBIASED, FULL = "of each batch", "as stored", "de-biased", "of all rows"
 
@@ -125,7 +128,14 @@ def measured_gap(network: nn.Module, data: Data, *, batch_size: int = 32, settle
     }
     first = _see_rows(evaluated, data.inputs)
     layers = _layers(evaluated, full, weights, first)
-    verdict = _verdict(layers, _layers(debiased, full, weights, first), evaluated, len(data.targets), batch_size)
+    verdict = _verdict(
+        layers,
+        debiased=_layers(debiased, full, weights, first),
+        with_dropout=_divergences(evaluated, _moments_with_dropout(evaluated, data.inputs)),
+        network=evaluated,
+        rows=len(data.targets),
+        batch_size=batch_size,
+    )
     return Gap(
         variants=tuple(Variant(name=name, metrics=metrics(got, data.targets)) for name, got in answered.items()),
         layers=layers,
@@ -263,17 +273,14 @@ def _layers(
         assert isinstance(norm, _BatchNorm)
         if norm.running_mean is None or norm.running_var is None:
             continue
-        mean_s, var_s = (v.detach().double().numpy() for v in (norm.running_mean, norm.running_var))
+        mean_s, var_s, eps = *_stored(norm), norm.eps
         mean_d, var_d = layer.mean_C, layer.var_C
-        # eps is what the layer itself adds, so a channel that is dead in both is equal in both
-        s, d = np.maximum(var_s, 0) + norm.eps, var_d + norm.eps
-        divergence = (d / s - 1 - np.log(d / s) + (mean_d - mean_s) ** 2 / s) / 2
         found.append(
             LayerGap(
                 layer=layer.layer,
-                divergence=float(np.mean(divergence)),
-                mean_shift=float(np.median(np.abs(mean_d - mean_s) / np.sqrt(d))),
-                variance_ratio=float(np.median(s / d)),
+                divergence=_divergence((mean_d, var_d + eps), (mean_s, var_s + eps)),
+                mean_shift=float(np.median(np.abs(mean_d - mean_s) / np.sqrt(var_d + eps))),
+                variance_ratio=float(np.median((var_s + eps) / (var_d + eps))),
                 sees_rows=layer.layer in first,
                 initial_weight=weights[layer.layer],
             )
@@ -281,8 +288,65 @@ def _layers(
     return tuple(found)
 
 
+def _stored(norm: _BatchNorm) -> tuple[Vector, Vector]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean_C, var_C = (v.detach().double().numpy() for v in (norm.running_mean, norm.running_var))
+    return mean_C, np.maximum(var_C, 0)
+
+
+def _divergence(d: tuple[Vector, Vector], s: tuple[Vector, Vector]) -> float:
+    """KL of the data (mean, var + eps) from what is stored, the mean over the channels.
+
+    eps is what the layer itself adds, so a channel that is dead in both is equal in both.
+    """
+    (mean_d, var_d), (mean_s, var_s) = d, s
+    return float(np.mean((var_d / var_s - 1 - np.log(var_d / var_s) + (mean_d - mean_s) ** 2 / var_s) / 2))
+
+
+def _moments_with_dropout(network: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Moments]:
+    """What reaches each layer with its stored statistics and dropout on; nothing where there is no dropout."""
+    live = copy.deepcopy(network).double()
+    dropouts = [part for part in live.modules() if isinstance(part, _DropoutNd) and part.p > 0]
+    found: dict[str, Moments] = {}
+    if not dropouts:
+        return found
+    for part in dropouts:
+        part.train()
+
+    def take(path: str, x: Tensor) -> None:
+        found[path] = found[path].merged(Moments.of(x)) if path in found else Moments.of(x)
+
+    for path, norm in live.named_modules():
+        if isinstance(norm, _BatchNorm):
+            norm.register_forward_pre_hook(lambda _norm, args, path=path: take(path, args[0]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for start in range(0, len(inputs[0]), _ROWS_AT_ONCE):
+            run_exactly(live, [tensor[start : start + _ROWS_AT_ONCE] for tensor in inputs])
+    return found
+
+
+def _divergences(network: nn.Module, moments: Mapping[str, Moments]) -> list[float]:
+    found = []
+    for path, seen in moments.items():
+        norm = network.get_submodule(path)
+        assert isinstance(norm, _BatchNorm)
+        if norm.running_mean is not None:
+            mean_s, var_s = _stored(norm)
+            data = (seen.mean_C.numpy(), (seen.m2_C / seen.count).numpy() + norm.eps)
+            found.append(_divergence(data, (mean_s, var_s + norm.eps)))
+    return found
+
+
 def _verdict(
-    layers: Sequence[LayerGap], debiased: Sequence[LayerGap], network: nn.Module, rows: int, batch_size: int
+    layers: Sequence[LayerGap],
+    *,
+    debiased: Sequence[LayerGap],
+    with_dropout: Sequence[float],
+    network: nn.Module,
+    rows: int,
+    batch_size: int,
 ) -> Verdict:
     worst = max((layer.divergence for layer in layers), default=0.0)
     if not worst > NOTICEABLE:
@@ -290,6 +354,8 @@ def _verdict(
     better = max(layer.divergence for layer in debiased)
     if max(layer.initial_weight for layer in layers) > NOTICED_WEIGHT and better <= worst / 2:
         return "not converged"
+    if with_dropout and max(with_dropout) <= worst / 2:
+        return "dropout"
     momenta = [norm.momentum for norm in network.modules() if isinstance(norm, _BatchNorm) and norm.momentum]
     m = max(momenta, default=0.1)
     noise = m / ((2 - m) * batch_size) + 1 / rows  # of the mean in variances, and half of it of the log variance
@@ -310,6 +376,10 @@ def _sentence(verdict: Verdict, layers: Sequence[LayerGap]) -> str:
         "not converged": (
             f"the statistics still hold {worst.initial_weight:.1%} of their initial values; train longer, or run "
             "'evalmode calibrate'"
+        ),
+        "dropout": (
+            "they were gathered with dropout on, which widens what reaches the layer, and are used with it off; run "
+            "'evalmode calibrate', or keep dropout behind the last BatchNorm"
         ),
         "drifted": (
             "a layer that sees the rows themselves is off, so they are unlike those of training: look for another "

@@ -24,7 +24,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from export import checkpoint
+from export import checkpoint, tabular_data
 from export.checkpoint import Document
 from export.rounding import flattened
 from service.errors import Refused, WrongCall, first_line, listing
@@ -80,8 +80,11 @@ class Subject:
 # evalmode's own
 
 
-def of_checkpoint(folder: Path) -> Subject:
+def of_checkpoint(folder: Path, *, table: Path | None = None) -> Subject:
     """A checkpoint that `evalmode train` wrote, with its held-out rows.
+
+    Args:
+        table: that it learned from; its training rows judge the running statistics.
 
     Raises:
         WrongCall: it cannot be read, or has no rows.
@@ -91,6 +94,10 @@ def of_checkpoint(folder: Path) -> Subject:
         raise WrongCall(f"'{folder}' has no samples, and parity is measured on real rows; train it again")
     served = trained.served()
     document = trained.document
+    data: Data | None = None
+    if table is not None:
+        known = tabular_data.parts(trained, table).training
+        data = Data(inputs=known.inputs, targets=known.answers, source=f"training rows of {table.name}")
     return Subject(
         module=served,
         inputs=trained.samples,
@@ -107,6 +114,7 @@ def of_checkpoint(folder: Path) -> Subject:
         ),
         versions=document.versions,
         card=card(document),
+        data=data,
     )
 
 

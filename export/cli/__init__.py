@@ -35,6 +35,10 @@ SETTINGS = Parameter(name="--set", negative="")
 """`--set key=value`, once for each argument of the user's callable."""
 
 
+EVAL = Parameter(name="--eval", negative="")
+"""`--eval`: judge what would be served, where a callable returns its network in training mode."""
+
+
 def text_or_file(text: str | None) -> str | None:
     """The card's text, out of a file where there is one of this name."""
     if text is None or "\n" in text or len(text) > 255:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from export.cli import SETTINGS, network_of, require_extra
+from export.cli import EVAL, SETTINGS, network_of, require_extra
 from service.errors import Refused, WrongCall
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def audit(
     weights: Path | None = None,
     data: Path | None = None,
     set_: Annotated[tuple[str, ...], SETTINGS] = (),
+    eval_: Annotated[bool, EVAL] = False,
     reference: Path | None = None,
     steps: _Count = None,
     training_rows: _Count = None,
@@ -44,7 +45,7 @@ def audit(
 
         evalmode audit checkpoints/credit
         evalmode audit ckpt.pt --steps 12000
-        evalmode audit my_package.nets:build --weights ckpt.pt --data inputs.npz
+        evalmode audit my_package.nets:build --weights ckpt.pt --data inputs.npz --eval
         evalmode audit model.onnx --format sarif > audit.sarif
 
     Parameters
@@ -58,6 +59,8 @@ def audit(
         Rows for the network, .npz: the rules that need activations join in.
     set_
         An argument of the callable, key=value.
+    eval_
+        Put a network that a callable makes in eval mode first.
     reference
         Another file with weights to hold the statistics against: the pretrained one, or that of another process.
     steps
@@ -70,7 +73,7 @@ def audit(
         A table for people, JSON, or SARIF for code scanning.
     """
     findings = _findings(
-        target, weights=weights, data=data, settings=set_, reference=reference, steps=steps,
+        target, weights=weights, data=data, settings=set_, in_eval=eval_, reference=reference, steps=steps,
         training_rows=training_rows, batch_size=batch_size,
     )  # fmt: skip
     from export.audit import rendering
@@ -93,6 +96,7 @@ def _findings(
     weights: Path | None,
     data: Path | None,
     settings: tuple[str, ...],
+    in_eval: bool,
     reference: Path | None,
     steps: int | None,
     training_rows: int | None,
@@ -122,5 +126,7 @@ def _findings(
         state = read_state(path)
         return audit_state(state.tensors, reference=compared, settled=state.settled, **told)
     network = network_of(target, weights=weights, settings=settings, sample=data)
+    if in_eval:
+        network.module.eval()
     inputs = network.inputs if data or not is_builder(target) else None
     return audit_module(network.module, inputs or None, reference=compared, settled=network.settled, **told)

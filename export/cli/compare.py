@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from export.cli import SETTINGS, network_of, require_extra
-from service.errors import Refused
+from export.cli import EVAL, SETTINGS, network_of, require_extra
+from service.errors import Refused, WrongCall
 
 
 def compare(
@@ -17,6 +17,7 @@ def compare(
     sample: Path | None = None,
     weights: Path | None = None,
     set_: Annotated[tuple[str, ...], SETTINGS] = (),
+    eval_: Annotated[bool, EVAL] = False,
 ) -> None:
     """Say whether an ONNX model is a network in eval mode, and if not, why, and at which BatchNorm they part.
 
@@ -25,7 +26,7 @@ def compare(
 
     Examples:
 
-        evalmode compare my_package.nets:build model.onnx --weights ckpt.pt --sample inputs.npz
+        evalmode compare my_package.nets:build model.onnx --weights ckpt.pt --sample inputs.npz --eval
         evalmode compare checkpoints/credit models/credit/1/model.onnx
 
     Parameters
@@ -40,6 +41,8 @@ def compare(
         The network's weights: safetensors, or what torch.save wrote of a state_dict.
     set_
         An argument of the callable, key=value.
+    eval_
+        Put the network in eval mode first.
     """
     require_extra("compare")
     from rich.console import Console
@@ -49,6 +52,10 @@ def compare(
     from service.bundle import read_plain
 
     network = network_of(target, weights=weights, settings=set_, sample=sample, served=True)
+    if not network.inputs:
+        raise WrongCall("--sample is missing: the two are compared on real rows, never on noise")
+    if eval_:
+        network.module.eval()
     found = diagnose(network.module, read_plain(model).model, network.inputs)
     console = Console(highlight=False, soft_wrap=True)
     if found.layers:

@@ -60,7 +60,8 @@ def export(
     set_
         An argument of the callable, key=value; the value is JSON where it can be read as JSON.
     data
-        Rows with their answers, .npz with an array 'targets' beside the inputs: for the gap report.
+        Rows with their answers, for the gap report: .npz with an array 'targets' beside the inputs; for a checkpoint
+        the table that it learned from.
     classes
         What the columns of the network's only output stand for.
     softmax
@@ -87,13 +88,14 @@ def export(
             outputs=outputs, card=card,
         )  # fmt: skip
         with Console(stderr=True).status("exporting") as status:
-
-            def say(check: Check) -> None:
-                checks.append(check)
-                status.update(f"exporting: {check.what}")
-
             try:
-                exported = export_subject(subject, name=name, models=models, say=say)
+                exported = export_subject(
+                    subject,
+                    name=name,
+                    models=models,
+                    say=checks.append,
+                    on_stage=lambda stage: status.update(f"{stage} …"),
+                )
             finally:
                 status.stop()
                 _say_what_was_checked(console, checks)
@@ -135,14 +137,14 @@ def _subject(
     if not loading.is_builder(target):
         flags = {
             "--weights": weights, "--sample": sample, "--set": settings, "--classes": classes, "--softmax": softmax,
-            "--outputs": outputs, "--data": data, "--card": card,
+            "--outputs": outputs, "--card": card,
         }  # fmt: skip
         if given := [flag for flag, value in flags.items() if value]:
             raise WrongCall(
                 f"{given[0]} is for a network of yours, TARGET being module:callable; '{target}' is taken for a "
                 "checkpoint of 'evalmode train', which knows all that itself"
             )
-        return subject.of_checkpoint(Path(target))
+        return subject.of_checkpoint(Path(target), table=data)
     if sample is None:
         raise WrongCall(
             "--sample is missing: parity is measured on real rows, never on noise; save some as "

@@ -81,9 +81,7 @@ def assert_same(one: Calibrated, other: Calibrated) -> None:
 # What it promises
 
 
-@pytest.mark.parametrize(
-    "name", ["dense, after the activation", "convolutional, after the activation", "residual", "transposed"]
-)
+@pytest.mark.parametrize("name", ZOO)
 def test_eval_mode_then_answers_what_train_mode_would_for_all_data_as_one_batch(name: str) -> None:
     """The definition: so the variance is the population's."""
     network, inputs = ZOO[name]()
@@ -153,22 +151,44 @@ def test_independent_layers_share_a_pass() -> None:
     assert plan(Dense(), [rows(4, 3, 5, 5)]).levels == (("norms.0",), ("norms.1",), ("norms.2",))
 
 
-class ByNumber(nn.Module):
-    """The second layer depends on the first through a Python number only."""
+def into_a_part(x: Tensor, normalised: Tensor) -> Tensor:
+    made = torch.zeros(len(x), 5)
+    made[:, :3].copy_(normalised[:, :3])
+    return x * made
 
-    def __init__(self) -> None:
+
+def without_a_result(x: Tensor, normalised: Tensor) -> Tensor:
+    made = torch.zeros(len(x), 5)
+    torch._foreach_add_([made], [normalised])
+    return x * made
+
+
+class Hidden(nn.Module):
+    """The second layer depends on the first in a way that is not seen in the modules; both are called by keyword."""
+
+    def __init__(self, way: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.second = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+        self.first, self.second, self.way = nn.BatchNorm1d(5), nn.BatchNorm1d(5), way
 
     def forward(self, x: Tensor) -> Tensor:
-        largest = self.first(input=x).max().item()
-        answer: Tensor = self.second(x * largest)
+        answer: Tensor = self.second(input=self.way(x, self.first(input=x)))
         return answer
 
 
-def test_what_depends_through_a_number_comes_later() -> None:
-    """It cannot be followed, so all that comes after it may depend on it; and layers may be called by keyword."""
-    assert plan(ByNumber(), [rows(4, 5)]).levels == (("first",), ("second",))
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda x, normalised: x * normalised.abs().gt(-1).sum().sign().item(),
+        lambda x, normalised: x * ((normalised > 0).long() / 3),
+        into_a_part,
+        without_a_result,
+    ],
+)
+def test_dependence_is_found_where_the_data_go(way: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Into integers, parts and Python numbers, after which all that comes may depend on it."""
+    x = rows(11, 5)
+    assert plan(Hidden(way), [x]).levels == (("first",), ("second",))
+    assert_same(calibrate(Hidden(way), [x]), calibrate(Hidden(way), [x], batch_size=4, memory_bytes=0))
 
 
 def test_weights_are_no_values_of_a_row() -> None:

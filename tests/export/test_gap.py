@@ -93,6 +93,19 @@ def test_other_rows_are_drifted() -> None:
     assert "unlike those of training" in gap.sentence
 
 
+def test_dropout_before_batchnorm_is_named_as_the_reason() -> None:
+    """What reached the layer in training was wider: with dropout on, the stored statistics are right (notes, F14)."""
+    network = trained(400)
+    network.mix = nn.Sequential(nn.Dropout(0.5), network.mix)  # type: ignore[assignment]
+    for seed in range(100):
+        chosen = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))[:60]
+        network.train()(X[chosen])
+    gap = gap_of(network)
+    assert gap.verdict == "dropout"
+    assert [layer.layer for layer in gap.worst] == ["hidden"]
+    assert "gathered with dropout on" in gap.sentence
+
+
 def test_an_average_of_too_few_rows_is_noisy() -> None:
     """Momentum 0.9 over batches of 8: what is stored is little more than the last batch."""
     gap = gap_of(trained(300, momentum=0.9, rate=1e-4, batch=8), batch_size=8)

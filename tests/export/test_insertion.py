@@ -206,7 +206,7 @@ def test_the_certificate_finds_a_wrong_recipe(recipe: str, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("outputs", "sentence"),
     [
-        (lambda y: y, "the network decides otherwise in row 0"),
+        (lambda y: y, "the network decides otherwise in row"),
         (lambda y: y.argmax(1), "an output of whole numbers changes"),
         (lambda y: y.amax(1), "the outputs move by"),
     ],
@@ -243,7 +243,7 @@ def test_a_nan_is_no_small_error(monkeypatch: pytest.MonkeyPatch) -> None:
         norm.bias[0] = torch.nan
 
     monkeypatch.setattr(insertion, "_make_identity", wrong)
-    with pytest.raises(Refused, match="behind 'features.0' is no identity: it is inf off"):
+    with pytest.raises(Refused, match=r"behind 'features\.0' is no identity: it is inf off"):
         insert(Trimmed().eval(), ["features.0"], [IMAGES])
 
 
@@ -298,14 +298,15 @@ class Twice(nn.Module):
 
 
 class Table(nn.Module):
-    """A layer whose output has no batch axis: five positions of eight features, whatever the rows."""
+    """A layer whose output has no batch axis: five positions of four features, whatever the rows."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made = nn.Linear(3, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.made(torch.ones(5, 3)).sum()
+        made: Tensor = self.made(torch.ones(5, 3))
+        return x + made.sum()
 
 
 SEQUENCE = nn.Sequential(nn.Linear(5, 4), nn.LSTM(4, 3, batch_first=True))

@@ -208,6 +208,7 @@ def test_audit_of_everything_that_can_be_audited(tmp_path: Path, capsys: pytest.
     assert run(["audit", "bn.pt"]) == 0
     assert run(["audit", "own_nets:one", "--weights", "bn.pt"]) == 1  # as its builder returned it: in training mode
     assert "BN001" in said(capsys)
+    assert run(["audit", "own_nets:one", "--weights", "bn.pt", "--eval"]) == 0
     assert run([*EXPORT, "--models", str(tmp_path)]) == 0
     for target in (tmp_path / "mine" / "1", tmp_path / "mine" / "1" / "model.onnx"):
         assert run(["audit", str(target)]) == 0
@@ -353,6 +354,10 @@ def test_compare_says_which_side_is_wrong(tmp_path: Path, capsys: pytest.Capture
     model = str(tmp_path / "mine" / "1" / "model.onnx")
     assert run(["compare", "own_nets:one", model, "--weights", "bn.pt", "--sample", "sample.npz"]) == 1
     assert "the reference was in train mode: the file is the network in eval mode" in said(capsys)
+    assert run(["compare", "own_nets:one", model, "--weights", "bn.pt", "--sample", "sample.npz", "--eval"]) == 0
+    assert re.search(r"(equal|just noise): the file and the network", said(capsys))
+    assert run(["compare", "own_nets:one", model, "--weights", "bn.pt"]) == 2
+    assert "--sample is missing" in said(capsys)
 
 
 # Interrupted, and no space
