@@ -33,6 +33,8 @@ check: $(DEV)/installed ## Lint, format and types
 bench: $(DEV)/installed ## What is claimed, measured
 	$(DEV)/bin/python -m benchmarks.credit_auc
 	$(DEV)/bin/python -m benchmarks.start
+	$(DEV)/bin/python -m benchmarks.fold
+	$(DEV)/bin/python -m benchmarks.export_large
 
 image-test: ## Build the container image, start it, predict from outside, print its size
 	deploy/image-test
