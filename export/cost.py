@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from service.errors import Refused, first_line
+
 MOST_ROWS = 64
 
 SAMPLE_FLOPS = 6.6e10
@@ -45,10 +47,18 @@ def budget(module: nn.Module, inputs: Sequence[Tensor]) -> Budget:
     Args:
         module: in eval mode; not changed.
         inputs: rows for each argument of `forward`; the first two are run once.
+
+    Raises:
+        Refused: the network fails on two rows.
     """
     rows = min(2, len(inputs[0]))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*(tensor[:rows] for tensor in inputs))
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(*(tensor[:rows] for tensor in inputs))
+    except Exception as error:  # the network's own code may raise anything
+        raise Refused(
+            f"the network fails on a batch of {rows}, and it must take any number of rows: {first_line(error)}"
+        ) from error
     flops_per_row = max(counter.get_total_flops() / rows, 1.0)
 
     def affordable(flops: float) -> int:

@@ -33,6 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from export import parity
+from export.copying import copied
 from export.rounding import analyse, flattened
 from service.errors import Refused, first_line
 from service.graph.scan import LAYER_KEY, scan
@@ -94,10 +95,10 @@ def diagnose(module: nn.Module, model: onnx.ModelProto, inputs: Sequence[Tensor]
     Raises:
         Refused: one of the two fails on these rows, or they have different numbers of inputs or outputs.
     """
-    evaluated = copy.deepcopy(module).eval()
+    evaluated = copied(module).eval()
     names = _output_names(evaluated, model, inputs)
     found = scan(model)
-    if fault := next((fault for fault in found.faults if "mode" in fault), None):
+    if fault := next((fault for fault in found.faults if _is_about_the_mode(fault)), None):
         return Diagnosis(
             verdict="the file is in training mode",
             sentence=f"{fault}; export the network again in eval mode, or try 'evalmode freeze' on the file",
@@ -116,6 +117,11 @@ def diagnose(module: nn.Module, model: onnx.ModelProto, inputs: Sequence[Tensor]
     if "batches of" in reason:
         return Diagnosis(verdict="code branches on the batch size", sentence=reason, layers=layers)
     return Diagnosis(verdict="unexplained", sentence=f"{reason}{where}", layers=layers)
+
+
+def _is_about_the_mode(fault: str) -> bool:
+    """By what is said of the layer, which may itself be called `/model/norm`."""
+    return "' is in training mode" in fault or "' is in a mode" in fault
 
 
 def layer_differences(

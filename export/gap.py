@@ -41,6 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from export.calibration import Calibrated, Moments, Vector, applied, calibrate, run_exactly
+from export.copying import copied
 from export.rounding import flattened
 from export.subject import Data
 from service.errors import WrongCall
@@ -112,7 +113,7 @@ def measured_gap(network: nn.Module, data: Data, *, batch_size: int = 32, settle
         Refused: the network has no BatchNorm to measure, or the rows do not fit it.
         WrongCall: the answers do not fit the outputs.
     """
-    evaluated = copy.deepcopy(network).cpu().eval()
+    evaluated = copied(network).cpu().eval()
     full = calibrate(evaluated, data.inputs)
     weights = {
         path: 0.0 if path in settled else initial_weight(norm)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from export.calibration import Moments, require_rows, run_exactly
+from export.copying import copied
 from export.rounding import flattened
 from service.errors import Refused, WrongCall, first_line, listing
 
@@ -137,7 +138,7 @@ def insert(
     if not (0 < eps < math.inf and 0 < momentum <= 1):
         raise WrongCall(f"eps {eps} must be above 0, and momentum {momentum} above 0 and 1 at most")
     require_rows(inputs)
-    original = copy.deepcopy(module).eval()
+    original = copied(module).eval()
     specs = {
         layer: NormSpec(channels=shape[1], axes=max(len(shape) - 2, 1), eps=eps, momentum=momentum)  # type: ignore[arg-type]
         for layer, shape in _output_shapes(original, list(dict.fromkeys(after)), inputs).items()

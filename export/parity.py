@@ -39,6 +39,10 @@ BATCH_SIZES = (1, 2, 3)
 """Besides all rows at once: alone, the smallest company, and the smallest odd one."""
 
 
+MEANINGLESS = 0.25
+"""Of the largest answer: where rounding may move it that far, equality within rounding says nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """How far the ONNX model was from PyTorch at worst, in one setting."""
@@ -59,6 +63,8 @@ class Parity:
     """How far PyTorch's own answer is from the exact one."""
     torch_batch_effects: Mapping[str, float]
     """How much PyTorch's answer for a row changes with the number of rows beside it."""
+    largest: Mapping[str, float]
+    """The largest absolute value of PyTorch's answers."""
     differences: tuple[Difference, ...]
     not_finite: tuple[str, ...]
     """Outputs in which PyTorch gave NaN or infinity."""
@@ -149,6 +155,7 @@ def measure(
         bounds=dict(zip(output_names, analysis.bounds, strict=True)),
         torch_errors=dict(zip(output_names, errors, strict=True)),
         torch_batch_effects=dict(zip(output_names, effects, strict=True)),
+        largest=dict(zip(output_names, map(_largest, wanted), strict=True)),
         differences=tuple(differences),
         not_finite=tuple(n for n, array in zip(output_names, wanted, strict=True) if not np.isfinite(array).all()),
         random=tuple(n for n, pair in zip(output_names, again, strict=True) if largest_difference(*pair)),
@@ -162,6 +169,12 @@ def refusal(parity: Parity) -> str | None:
             return f"PyTorch's own output '{name}' is not finite on these rows; look for values unlike training's"
         if name in parity.random:
             return f"PyTorch's own output '{name}' is random: two equal runs gave two answers, in eval mode"
+        if parity.largest[name] and not bound <= MEANINGLESS * parity.largest[name]:
+            return (
+                f"rounding alone may move PyTorch's output '{name}' by {bound:.3g}, and the largest answer is "
+                f"{parity.largest[name]:.3g}: the network amplifies it so much that its answers mean nothing; look for "
+                "a BatchNorm with a variance near 0, or inputs in a very large unit"
+            )
         if not parity.torch_errors[name] <= bound:
             return (
                 f"PyTorch's output '{name}' is {parity.torch_errors[name]:.3g} away from the same network in float64; "
@@ -228,6 +241,12 @@ def _failing_is_refused(who: str, size: int) -> Iterator[None]:
         yield
     except Exception as error:  # the network's own code and onnxruntime may raise anything
         raise Refused(f"{who} fails on a batch of {size}: {first_line(error)}") from error
+
+
+def _largest(output: NDArray[Any]) -> float:
+    if output.dtype.kind != "f":
+        return 0.0
+    return float(np.abs(output.astype(np.float64)).max(initial=0.0, where=np.isfinite(output)))
 
 
 def _batches(rows: int, size: int) -> Iterator[list[int]]:

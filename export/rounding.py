@@ -52,6 +52,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from export.batchnorm import RunningStatistics, eval_error_bound
+from service.errors import Refused
 
 SAFETY = 4.0
 """The real error is a sum over very many roundings and so nearly normal; the largest movement over all elements and
@@ -144,14 +145,25 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 class Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs every operator in float64, also where the network asks for less."""
+    """Runs every operator in float64, also where the network asks for less.
+
+    A tensor that the network makes itself (`torch.zeros`) is widened when it is made: were it widened only when it is
+    read, what the network writes into it would go into a copy, and be lost.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Arguments = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, Tensor) and value.dtype in _NARROW:
+                raise Refused(
+                    f"the network writes into a {str(value.dtype).removeprefix('torch.')} tensor that it keeps between "
+                    "runs; register it as a buffer, so that it can be float64 here"
+                )
         args = pytree.tree_map_only(Tensor, _widened, list(args))
         kwargs = {name: torch.float64 if value in _NARROW else value for name, value in (kwargs or {}).items()}
-        return self.computed(func, args, kwargs)
+        return pytree.tree_map_only(Tensor, _widened, self.computed(func, args, kwargs))
 
     def computed(self, func: Any, args: Arguments, kwargs: Mapping[str, Any]) -> Any:
         return func(*args, **kwargs)

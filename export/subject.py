@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from export import checkpoint, tabular_data
 from export.checkpoint import Document
+from export.copying import copied
 from export.rounding import flattened
 from service.errors import Refused, WrongCall, first_line, listing
 from service.signature import ClassTarget, Signature
@@ -33,6 +33,7 @@ from service.signature import ClassTarget, Signature
 Sample: TypeAlias = Tensor | NDArray[Any] | Sequence[Tensor | NDArray[Any]] | Mapping[str, Tensor | NDArray[Any]]
 
 _WRAPPED = "network"
+_FLOATS = (torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -170,7 +171,10 @@ def of_module(
     inputs = tuple(torch.as_tensor(tensor).detach().cpu() for tensor in tensors)
     names = tuple(input_names or ([f"input_{i}" for i in range(len(inputs))] if len(inputs) > 1 else ["input"]))
     _require_rows(names, inputs)
-    network = with_batch_norm_for_instance_norm(copy.deepcopy(module).cpu().eval().requires_grad_(False))
+    if isinstance(module, torch.jit.ScriptModule):
+        raise WrongCall("the network is a scripted module, which cannot be taken apart; export what it was made of")
+    _require_dtypes(module, names, inputs)
+    network = with_batch_norm_for_instance_norm(copied(module).cpu().eval().requires_grad_(False))
     outputs = _answered(network, inputs)
     found = tuple(output_names or _names(outputs))
     tensors_out = flattened(outputs)
@@ -247,6 +251,21 @@ def _require_rows(names: Sequence[str], inputs: Sequence[Tensor]) -> None:
             raise WrongCall(f"sample '{names[0]}' has {len(inputs[0])} rows, '{name}' has {len(tensor)}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WrongCall(f"sample '{name}' has NaN or infinity in it; parity is measured on real numbers")
+
+
+def _require_dtypes(module: nn.Module, names: Sequence[str], inputs: Sequence[Tensor]) -> None:
+    tensors = {
+        **dict(module.named_parameters()),
+        **dict(module.named_buffers()),
+        **dict(zip(names, inputs, strict=True)),
+    }
+    for name, tensor in tensors.items():
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in _FLOATS):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise Refused(
+                f"'{name}' is {dtype}, which NumPy and most clients do not know; export the network in float32, with "
+                "network.float() and rows in float32"
+            )
 
 
 def _answered(network: nn.Module, inputs: Sequence[Tensor]) -> object:

@@ -11,7 +11,9 @@ smallest variance is asked how many updates it took at least, and one is not eno
 
 1. Every running_mean and running_var is a constant, finite and not negative, and no layer still has mean 0 and
    variance 1 throughout.
-2. Some layer proves two updates. All layers of a network are updated together, so one speaks for all.
+2. Some layer proves two updates. All layers of a network are updated together, so one speaks for all that took part
+   in training: those whose gamma or beta was optimised. A layer with the gamma 1 and beta 0 of a new one speaks for
+   itself, and must prove `MANY_UPDATES`.
 3. What the batch computed (the outputs beyond Y) is taken by no node; as outputs of the graph it is dropped.
 4. What comes out is frozen by the rules of `scan`, and Dropout is in inference.
 
@@ -40,6 +42,8 @@ from service.graph.scan import BatchNorm, Constants, scan, walk
 __all__ = ["Frozen", "FrozenLayer", "freeze"]
 
 DEFAULT_MOMENTUM = 0.9  # of every version of the operator
+MANY_UPDATES = 10
+"""More than summaries, shape probes and exporters make: a new network that was printed has seen one or two batches."""
 _LAST_WITH_IS_TEST = 6
 _ROUNDINGS = 3  # of an update in the dtype of the statistics: momentum itself, the product, the sum
 _ATTRIBUTE_EPS = 2.0**-23  # an attribute is a float32, whatever the statistics are
@@ -83,6 +87,7 @@ def freeze(model: onnx.ModelProto) -> Frozen:
     nodes = [(node, constants) for node, constants in walk(frozen.graph, {}) if node.domain in _AI_ONNX]
     norms = [node for node, _ in nodes if node.op_type == "BatchNormalization"]
     training = [(node, fact) for node, fact in zip(norms, scan(frozen).batchnorms, strict=True) if _trains(node, opset)]
+    seen = {id(node): constants for node, constants in nodes}
     dropouts = [node for node, constants in nodes if node.op_type == "Dropout" and _drops(node, opset, constants)]
     used = set(_used(frozen.graph))
     for node, fact in training:
@@ -100,6 +105,8 @@ def freeze(model: onnx.ModelProto) -> Frozen:
         raise Refused("nothing in the model is in training mode; it can be served as it is")
     layers = tuple(_learned(node, fact) for node, fact in training)
     _require_two_updates(layers, [fact for _, fact in training])
+    for (node, fact), layer in zip(training, layers, strict=True):
+        _require_part_in_training(node, fact, layer, seen[id(node)])
     return Frozen(model=frozen, layers=layers, dropouts=len(dropouts))
 
 
@@ -169,6 +176,23 @@ def _least_updates(var: NDArray[Any], momentum: float) -> int:
     smallest = max(float(var.min()), float(limits.tiny))  # below it, a variance may have been flushed to 0
     unit = max(float(limits.eps), _ATTRIBUTE_EPS) / 2
     return max(0, math.ceil(math.log(smallest) / math.log(momentum * (1 - unit) ** _ROUNDINGS)))
+
+
+def _require_part_in_training(node: onnx.NodeProto, fact: BatchNorm, layer: FrozenLayer, constants: Constants) -> None:
+    """A new layer in a trained network, or a new network that was summarised, is told from one that learned."""
+    gamma, beta = (constants.get(name) for name in node.input[1:3])
+    optimised = (
+        gamma is not None
+        and beta is not None
+        and not ((numpy_helper.to_array(gamma) == 1).all() and not numpy_helper.to_array(beta).any())
+    )
+    if not optimised and layer.least_updates < MANY_UPDATES:
+        assert fact.running_var is not None
+        raise Refused(
+            f"BatchNormalization '{fact.layer}' has gamma 1 and beta 0, as a new layer has, and its smallest variance "
+            f"({float(fact.running_var.min()):g}) proves {layer.least_updates} update(s); {MANY_UPDATES} would tell "
+            "training from a stray forward pass; export the network again in eval mode"
+        )
 
 
 def _require_two_updates(layers: Sequence[FrozenLayer], facts: Sequence[BatchNorm]) -> None:

@@ -522,14 +522,14 @@ def test_dropout_is_off() -> None:
 # Several processes
 
 Divided = Callable[[Tensor, int], Tensor]
-SHARDS: dict[str, tuple[int, int, Divided]] = {
-    "one pass": (23, 2**30, lambda x, rank: shard([x], rank, 2)[0]),
-    "a pass for each level": (23, 0, lambda x, rank: shard([x], rank, 2)[0]),
-    "one batch more": (17, 0, lambda x, rank: shard([x], rank, 2)[0]),
-    "no rows": (23, 2**30, lambda x, rank: x[: 23 * rank]),
-    "a single row": (23, 2**30, lambda x, rank: x[:1] if rank else x[1:]),
+SHARDS: dict[str, tuple[int, int, Divided, int]] = {
+    "one pass": (23, 2**30, lambda x, rank: shard([x], rank, 2)[0], 1),
+    "a pass for each level": (23, 0, lambda x, rank: shard([x], rank, 2)[0], 3),
+    "one batch more": (17, 0, lambda x, rank: shard([x], rank, 2)[0], 3),
+    "no rows": (23, 2**30, lambda x, rank: x[: 23 * rank], 3),
+    "a single row": (23, 2**30, lambda x, rank: x[:1] if rank else x[1:], 1),
 }
-"""How many rows, the memory, and what each process gets of them."""
+"""How many rows, the memory, what each process gets of them, and the passes: inside one only where all can."""
 
 
 def run_as_one_of_two(folder: str) -> None:
@@ -537,10 +537,14 @@ def run_as_one_of_two(folder: str) -> None:
     distributed.init_process_group("gloo", timeout=timedelta(seconds=40))
     rank = distributed.get_rank()
     found: dict[str, object] = {}
-    for name, (count, memory_bytes, divided) in SHARDS.items():
+    for name, (count, memory_bytes, divided, _) in SHARDS.items():
         share = divided(rows(count, 5), rank)
         got = calibrate(mlp(), [share], batch_size=4, memory_bytes=memory_bytes)
-        found[name] = (got.rows, {layer.layer: (layer.mean_C, layer.var_C, layer.count) for layer in got.layers})
+        found[name] = (
+            got.rows,
+            got.passes,
+            {layer.layer: (layer.mean_C, layer.var_C, layer.count) for layer in got.layers},
+        )
     broken = {"its rows do not fit": rows(8, 6), "above 100": FAILING, "nothing at all": rows(0, 5)}
     for name, share in broken.items():
         for memory_bytes in (2**30, 0):
@@ -578,11 +582,11 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, An
 @pytest.mark.parametrize("name", SHARDS)
 def test_two_processes_are_one(name: str, two_processes: list[dict[str, Any]]) -> None:
     """Each has its own rows, not as many, not in as many batches, or none; both get what one process gets."""
-    count, _, _ = SHARDS[name]
+    count, _, _, wanted_passes = SHARDS[name]
     alone = calibrate(mlp(), [rows(count, 5)])
     for found in two_processes:
-        total, layers = found[name]
-        assert total == count
+        total, passes, layers = found[name]
+        assert (total, passes) == (count, wanted_passes)
         for layer in alone.layers:
             mean_C, var_C, seen = layers[layer.layer]
             np.testing.assert_allclose(mean_C, layer.mean_C, rtol=1e-12, atol=1e-14)

@@ -197,6 +197,7 @@ def test_one_row_is_enough() -> None:
 EQUAL = Parity(
     bounds={"y": 1e-6},
     torch_errors={"y": 1e-7},
+    largest={"y": 5.0},
     torch_batch_effects={"y": 2e-6},
     differences=tuple(
         Difference(output="y", batch_size=size, level=level, largest=2e-6) for size in (1, 5) for level in LEVELS
@@ -250,3 +251,16 @@ def test_torch_outputs_follow_the_modules_mode() -> None:
     assert np.array_equal(first, again)
     network.train()
     assert not np.array_equal(first, torch_outputs(network, (rows(9, 5),))[0])
+
+
+def test_a_tolerance_as_large_as_the_answer_says_nothing() -> None:
+    """A variance near 0 behind values far from it: rounding decides the answer, and equality within it is refused."""
+    network = nn.Sequential(nn.BatchNorm1d(5)).eval()
+    network.get_buffer("0.running_mean").fill_(3.0)
+    network.get_buffer("0.running_var").fill_(1e-14)
+    network[0].eps = 1e-14  # type: ignore[assignment]
+    x = torch.full((4, 5), 3.0)
+    model = convert(network, [x], input_names=["x"], output_names=["y"]).model
+    sentence = refusal(measure(network, model, [x + 4.8e-7], ["y"]))
+    assert sentence is not None
+    assert "rounding alone may move PyTorch's output 'y' by" in sentence

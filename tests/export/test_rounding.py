@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from export.rounding import analyse, flattened
+from service.errors import Refused
 from tests.export.zoo import ZOO, rows, settled
 
 
@@ -213,3 +214,39 @@ def test_half_precision_has_a_wider_bound() -> None:
     full, half = analyse(network, inputs), analyse(narrow, narrow_inputs)
     assert half.bounds[0] > 1000 * full.bounds[0]
     assert farthest(outputs(narrow, narrow_inputs)[0], half.exact[0]) <= half.bounds[0]
+
+
+class WritesIntoItsOwn(nn.Module):
+    """Makes a tensor in float32 and fills it in place, as padding by hand does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = torch.zeros(x.shape[0], 6)
+        made[:, :5] = x
+        made[:, 5].copy_(x.sum(1))
+        return made * 3
+
+
+def test_a_tensor_that_the_network_makes_is_exact_too() -> None:
+    """Widened only when it is read, what was written into it would be lost, and the bound as large as the answer."""
+    x = rows(7, 5)
+    analysis = analyse(WritesIntoItsOwn(), (x,))
+    wanted = WritesIntoItsOwn()(x).double()
+    assert float((analysis.exact[0] - wanted).abs().max()) <= analysis.bounds[0]
+    assert analysis.bounds[0] < 1e-3  # of answers near 45
+
+
+class KeepsAFloat(nn.Module):
+    """Keeps a tensor that is no buffer, and writes into it: no float64 copy of the network has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.zeros(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.copy_(x)
+        return self.kept * 2
+
+
+def test_writing_into_what_is_kept_is_refused() -> None:
+    with pytest.raises(Refused, match="writes into a float32 tensor that it keeps between runs"):
+        analyse(KeepsAFloat(), (rows(7, 5),))

@@ -103,6 +103,54 @@ def test_classes_that_do_not_fit(classes: list[str], kind: str, sentence: str) -
         of_module(Gives(kind), X, classes=classes)
 
 
+@pytest.mark.parametrize("where", ["weights", "rows"])
+def test_bfloat16_is_refused_with_the_way_out(where: str) -> None:
+    network = settled(nn.Sequential(nn.BatchNorm1d(5)), X)
+    with pytest.raises(Refused, match=r"is bfloat16, .* network.float\(\)"):
+        of_module(network.bfloat16() if where == "weights" else network, X.bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_network_that_cannot_be_copied_is_refused() -> None:
+    """The old weight_norm keeps a computed tensor once it has run; the sentence names the way out."""
+    network = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(5, 3)), nn.BatchNorm1d(3))
+    network(X)
+    with pytest.raises(Refused, match=r"cannot be copied: .*torch.nn.utils.parametrizations"):
+        of_module(network, X)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_network_is_refused() -> None:
+    with pytest.raises(WrongCall, match="a scripted module"):
+        of_module(torch.jit.script(nn.Sequential(nn.BatchNorm1d(5))), X)
+
+
+def test_a_network_for_one_batch_size_is_refused(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(9, 5) * 2
+
+    with pytest.raises(Refused, match="fails on a batch of 2, and it must take any number of rows"):
+        export_model(Fixed(), X, name="net", models=tmp_path)
+
+
+def test_a_label_has_no_distance_from_train_mode(tmp_path: Path) -> None:
+    """It is another one or the same; no infinity reaches the passport or the report."""
+
+    class Labels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            scores = self.norm(x)
+            return {"scores": scores, "label": scores.argmax(1)}
+
+    exported = export_model(settled(Labels(), X), X, name="net", models=tmp_path)
+    assert list(exported.passport.provenance["train_eval_divergence"]) == ["scores"]  # type: ignore[arg-type]
+    assert " inf" not in exported.report.read_text(encoding="utf-8")
+
+
 def test_instance_norm_with_running_statistics_is_exported_as_what_it_is(tmp_path: Path) -> None:
     """In eval mode it is a BatchNorm; as the exporter writes it, its statistics look computed (notes, F19)."""
     norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)

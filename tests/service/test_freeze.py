@@ -344,3 +344,36 @@ def test_a_variance_of_zero_proves_what_its_dtype_can_tell() -> None:
     """A dead channel's variance falls for ever; below the smallest normal float32, 2**-126, it may be flushed to 0."""
     (layer,) = frozen(training_model(var=near(0))).layers
     assert layer.least_updates == int(np.ceil(126 * np.log(2) / -np.log(MOMENTUM)))
+
+
+def two_layers(second_var: float, *, second_gamma: float = 1.0) -> onnx.ModelProto:
+    """A trained layer, and one behind it that is as given, with beta 0."""
+    first, second = training_norm(y="h", name="first"), training_norm("h", "y", "second", momentum=0.9)
+    second.input[1:] = ["ones", "zeros", "mean2", "var2"]
+    more = {
+        "ones": np.full(len(MEAN), second_gamma, np.float32),
+        "zeros": np.zeros(len(MEAN), np.float32),
+        "mean2": np.full(len(MEAN), 0.1, np.float32),
+        "var2": np.full(len(MEAN), second_var, np.float32),
+    }
+    return graphs.model([first, second], {**constants(), **more})
+
+
+@pytest.mark.parametrize(
+    ("var", "gamma", "sentence"),
+    [
+        (1.3, 1.0, "'second' has gamma 1 and beta 0, as a new layer has, .* proves 0 update"),
+        (0.8, 1.0, "proves 3 update"),
+        (0.3, 1.0, None),  # 0.9**12 < 0.3
+        (1.3, 0.9, None),
+    ],
+    ids=["a new head", "a head that was summarised", "proves itself", "was optimised"],
+)
+def test_a_layer_that_may_be_new_speaks_for_itself(var: float, gamma: float, sentence: str | None) -> None:
+    """A trained backbone says nothing about the head that was put on it."""
+    graph = two_layers(var, second_gamma=gamma)
+    if sentence is None:
+        assert [layer.layer for layer in frozen(graph).layers] == ["first", "second"]
+    else:
+        with pytest.raises(Refused, match=sentence):
+            freeze(graph)
