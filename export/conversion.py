@@ -341,13 +341,32 @@ def _checked_layers(
             f"BatchNorm layer '{layer}' runs {translated[layer]} time(s) in the network, but the exported graph has "
             f"{nodes[layer]} BatchNormalization node(s) for it: the exporter did not keep them"
         )
-    layers = {path: norm for path, norm in norms.items() if path in nodes}
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    _claim(norms, model, constants)
+    used = {_layer_of(node) for node in _normalisations(model)}
+    layers = {path: norm for path, norm in norms.items() if path in used}
     for node in _normalisations(model):
         path = _layer_of(node)
         if path in layers and (wrong := _difference(node, layers[path], constants)):
             raise Refused(f"BatchNorm layer '{path}' has another {wrong} in the exported graph than in the network")
     return layers
+
+
+def _claim(norms: Mapping[str, _BatchNorm], model: onnx.ModelProto, constants: Mapping[str, NDArray[Any]]) -> None:
+    """Give a node that came from `nn.functional.batch_norm` to the layer whose statistics it was called with."""
+    for node in _normalisations(model):
+        if _layer_of(node) in norms or not {*node.input[3:5]} <= constants.keys():
+            continue
+        statistics = [constants[name].tobytes() for name in node.input[3:5]]
+        owners = [
+            path
+            for path, norm in norms.items()
+            if statistics == [vector_C.detach().cpu().numpy().tobytes() for vector_C in _statistics(norm)]
+        ]
+        if len(owners) == 1:
+            del node.metadata_props[:]
+            node.metadata_props.add(key=LAYER_KEY, value=owners[0])
+            node.name = f"{owners[0]}/{node.op_type}"
 
 
 def _normalisations(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

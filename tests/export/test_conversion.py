@@ -301,3 +301,29 @@ def test_an_exporter_that_changes_a_number_is_found_out(name: str, monkeypatch: 
     said = {"weight": "gamma", "bias": "beta"}.get(name, name)
     with pytest.raises(Refused, match=f"layer '0' has another {said} in the exported graph"):
         exported(network, rows(7, 5))
+
+
+class CallsByFunction(nn.Module):
+    """Its first BatchNorm holds the statistics, and a function uses them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.first
+        called = nn.functional.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, self.training, norm.momentum, norm.eps
+        )
+        answer: Tensor = self.second(called)
+        return answer
+
+
+def test_a_layer_that_is_used_by_function_is_known_by_its_statistics() -> None:
+    """Its node is named for the layer and held against its vectors, like any other."""
+    network = CallsByFunction()
+    for seed in range(30):
+        network(rows(16, 5, seed=seed))
+    found = convert(network.eval(), [rows(9, 5)], input_names=["x"], output_names=["y"])
+    assert [layer.layer for layer in found.layers] == ["first", "second"]
+    assert found.unused == ()

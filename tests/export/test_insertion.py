@@ -79,6 +79,34 @@ def test_the_new_layers_hold_the_statistics_of_the_data(inserted: Inserted) -> N
     torch.testing.assert_close(norm.running_var, hidden.var(1, correction=0))
     torch.testing.assert_close(norm.weight.detach(), (norm.running_var + norm.eps).sqrt())
     assert torch.equal(norm.bias.detach(), norm.running_mean)
+    assert int(norm.num_batches_tracked or 0) == 1
+
+
+def test_all_rows_count_however_many() -> None:
+    """Measured and certified in parts: sorted rows, so that no part is like the whole."""
+    x = rows(700, 5)
+    x = x[x[:, 0].argsort()]
+    whole = nn.Sequential(nn.Linear(5, 4), nn.Flatten()).eval()
+    found = insert(whole, ["0"], [x])
+    hidden, norm = answers(whole, x), norm_of(found.module, "0")
+    torch.testing.assert_close(norm.running_mean, hidden.mean(0))
+    torch.testing.assert_close(norm.running_var, hidden.var(0, correction=0))
+    assert found.layers[0].range == float(hidden.max() - hidden.min())
+    assert found.rows == 700
+
+
+def test_eps_momentum_and_mode_are_those_asked_for() -> None:
+    """In a fresh network as well, and the mode is that of the layer before it."""
+    network = VGG().train()
+    network.classifier.eval()
+    found = insert(network, ("features.1", "classifier.0"), [IMAGES], eps=0.03, momentum=0.2)
+    fresh = VGG()
+    attach(fresh, found.specs)
+    for module in (found.module, fresh):
+        norm = norm_of(module, "features.1")
+        assert (norm.eps, norm.momentum, norm.training) == (0.03, 0.2, True)
+    assert not norm_of(found.module, "classifier.0").training
+    torch.testing.assert_close(answers(found.module), answers(network))
 
 
 def test_train_mode_does_change_and_it_is_said_by_how_much(inserted: Inserted) -> None:
