@@ -25,7 +25,6 @@ them, while the layers before normalise by the batch and dropout is on; it is no
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from export.rounding import Exact, attention_in_parts
+from export.copying import copied
+from export.rounding import BATCH_NORMS, Exact, attention_in_parts, widened
 from service.errors import EvalmodeError, Refused, WrongCall, first_line
 
 MEMORY_BYTES = 2**30
@@ -190,7 +190,7 @@ def applied(module: nn.Module, calibrated: Calibrated) -> nn.Module:
         WrongCall: a layer is not in this network, or has other channels.
         Refused: a statistic is too large for the layer's dtype.
     """
-    duplicate = copy.deepcopy(module)
+    duplicate = copied(module)
     norms = _norms(duplicate)
     for found in calibrated.layers:
         norm = norms.get(found.layer)
@@ -251,13 +251,13 @@ def _prepared(module: nn.Module) -> nn.Module:
     """A copy in float64 and eval mode, in which every BatchNorm keeps statistics."""
     if any(is_lazy(value) for value in (*module.parameters(), *module.buffers())):
         raise Refused("the network has lazy layers that never saw a row; run one batch through it first")
-    network = copy.deepcopy(module).cpu().double().eval().requires_grad_(False)
+    network = copied(module).cpu().double().eval().requires_grad_(False)
     norms = [part for part in network.modules() if isinstance(part, _BatchNorm)]
     if not norms:
         raise Refused("the network has no BatchNorm layer, so there are no running statistics to measure")
     for norm in norms:
         _keep_statistics(norm)
-    return network
+    return network.double()  # those that were added as well
 
 
 def _keep_statistics(norm: _BatchNorm) -> None:
@@ -276,57 +276,71 @@ def _norms(network: nn.Module) -> dict[str, _BatchNorm]:
 # What depends on what
 
 
-class _Wide(Exact):  # type: ignore[no-untyped-call, unused-ignore]  # depends on the order in which mypy reads
-    """Float64 from the start: a tensor that the network makes (`torch.zeros`) is widened when it is made.
+class _Watch(Exact):  # type: ignore[no-untyped-call, unused-ignore]  # depends on the order in which mypy reads
+    """Sees every BatchNorm where it computes, and knows it by the running_mean that it is called with.
 
-    Were it only widened when it is read, what the network writes into it would go into a copy.
+    So a layer whose statistics a function uses is seen like any other, and one that turns its input around before it
+    normalises is measured on what it normalises.
     """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, Tensor) and _widened(value) is not value:
-                raise Refused(
-                    f"the network writes into a {str(value.dtype).removeprefix('torch.')} tensor that it keeps between "
-                    "runs; register it as a buffer, so that it can be float64 here"
-                )
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def computed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        return pytree.tree_map_only(Tensor, _widened, func(*args, **kwargs))
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-class _Flow(_Wide):  # type: ignore[no-untyped-call]
-    """Marks every tensor with the layers that it depends on, by the storage that it lies in."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._layers = {
+            _storage(norm.running_mean): path for path, norm in _norms(network).items() if norm.running_mean is not None
+        }
+
+    def layer(self, func: Any, args: Sequence[Any]) -> str | None:
+        """The layer that an operator computes; None where it computes none."""
+        if func.overloadpacket.__name__ not in BATCH_NORMS or not isinstance(args[3], Tensor):
+            return None
+        return self._layers.get(_storage(args[3]))
+
+
+class _Reaching(_Watch):  # type: ignore[no-untyped-call, unused-ignore]
+    """Tells of each layer before it computes, with what it normalises: [N, C, ...], float64."""
+
+    def __init__(self, network: nn.Module, before: Callable[[str, Tensor], None]) -> None:
+        super().__init__(network)
+        self._before = before
+
+    def computed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if layer := self.layer(func, args):
+            self._before(layer, args[0])
+        return func(*args, **kwargs)
+
+
+class _Flow(_Watch):  # type: ignore[no-untyped-call, unused-ignore]
+    """Marks every tensor with the layers that it depends on, by the storage that it lies in."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
         self.bytes = 0
+        self.depends: dict[str, frozenset[str]] = {}
+        """For each layer, in the order in which they run, the layers that its input depends on."""
+        self.calls: dict[str, int] = {}
         self._marks = {_storage(weight): frozenset[str]() for weight in (*network.parameters(), *network.buffers())}
         self._left: frozenset[str] = frozenset()
         self._alive: list[object] = []  # so that no storage is used again for something else
 
     def computed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        result = super().computed(func, args, kwargs)
+        layer = self.layer(func, args)
+        if layer is not None:
+            self.depends[layer] = self.depends.get(layer, frozenset()) | self._of(args[0])
+            self.calls[layer] = self.calls.get(layer, 0) + 1
+        result = pytree.tree_map_only(Tensor, widened, func(*args, **kwargs))
         given = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-        layers = self._left.union(*(self.of(tensor) for tensor in given))
+        layers = self._left.union(*(self._of(tensor) for tensor in given), {layer} if layer is not None else ())
         if func is torch.ops.aten._local_scalar_dense.default:
             self._left = layers  # a Python number cannot be followed, so all that comes later may depend on it
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in (*made, *(given if func._schema.is_mutable else ())):
-            self.mark(tensor, layers)
+            self._mark(tensor, layers)
         return result
 
-    def of(self, tensor: Tensor) -> frozenset[str]:
+    def _of(self, tensor: Tensor) -> frozenset[str]:
         return self._marks.get(_storage(tensor), frozenset())
 
-    def mark(self, tensor: Tensor, layers: frozenset[str]) -> None:
+    def _mark(self, tensor: Tensor, layers: frozenset[str]) -> None:
         key = _storage(tensor)
         if key not in self._marks:
             self.bytes += tensor.untyped_storage().nbytes()
@@ -339,36 +353,10 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _plan(network: nn.Module, inputs: Sequence[Tensor], memory_bytes: int) -> Plan:
-    norms = _norms(network)
     flow = _Flow(network)
-    depends: dict[str, frozenset[str]] = {}
-    calls: dict[str, int] = {}
-
-    def before(layer: str, x: Tensor) -> None:
-        depends[layer] = depends.get(layer, frozenset()) | flow.of(x)
-        calls[layer] = calls.get(layer, 0) + 1
-
-    def after(layer: str, x: Tensor, y: Tensor) -> None:
-        flow.mark(y, flow.of(x) | {layer})
-
-    hooks = [
-        hook
-        for path, norm in norms.items()
-        for hook in (
-            norm.register_forward_pre_hook(
-                lambda _, args, kwargs, path=path: before(path, _x(args, kwargs)), with_kwargs=True
-            ),
-            norm.register_forward_hook(
-                lambda _, args, kwargs, y, path=path: after(path, _x(args, kwargs), y), with_kwargs=True
-            ),
-        )
-    ]
     probed = [tensor[:2] for tensor in inputs]
-    try:
-        run_exactly(network, probed, flow)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_exactly(network, probed, flow)
+    depends, calls = flow.depends, flow.calls
     if not calls:
         raise Refused("eval mode never calls a BatchNorm layer of the network, so there is nothing to measure")
     for layer, sources in depends.items():
@@ -388,14 +376,8 @@ def _plan(network: nn.Module, inputs: Sequence[Tensor], memory_bytes: int) -> Pl
         calls=calls,
         one_pass=fits and max(calls.values()) == 1,
         bytes_per_row=bytes_per_row,
-        unused=tuple(path for path in norms if path not in calls),
+        unused=tuple(path for path in _norms(network) if path not in calls),
     )
-
-
-def _x(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a layer is called with, by position or by name."""
-    x: Tensor = args[0] if args else kwargs["input"]
-    return x
 
 
 def _levels(depends: Mapping[str, frozenset[str]]) -> dict[str, int]:
@@ -421,10 +403,10 @@ def run_exactly(network: nn.Module, inputs: Sequence[Tensor], mode: Exact | None
     Raises:
         Refused: the network fails on the rows.
     """
-    widened = [_widened(tensor.detach().cpu()) for tensor in inputs]
+    rows = [widened(tensor.detach().cpu()) for tensor in inputs]
     try:
-        with torch.no_grad(), attention_in_parts(), mode or _Wide():  # type: ignore[no-untyped-call]
-            network(*widened)
+        with torch.no_grad(), attention_in_parts(), mode or Exact():  # type: ignore[no-untyped-call]
+            network(*rows)
     except EvalmodeError:
         raise
     except Exception as error:  # the network's own code may raise anything
@@ -529,8 +511,8 @@ class _Measuring:
             norm = self._norms[layer]
             assert norm.running_mean is not None
             assert norm.running_var is not None
-            norm.running_mean = moments.mean_C
-            norm.running_var = moments.m2_C / moments.count
+            norm.running_mean.copy_(moments.mean_C)  # in place: the operator that waits for it has this tensor
+            norm.running_var.copy_(moments.m2_C / moments.count)
             self.settled[layer] = moments
 
     def _run(self, inputs: Sequence[Tensor], layers: Sequence[str], reached: Callable[[str, Tensor], None]) -> None:
@@ -546,14 +528,18 @@ class _Measuring:
             if all(runs[wanted] == self._calls[wanted] for wanted in layers):
                 raise _Enough
 
+        def before_nothing(layer: str, x: Tensor) -> None:
+            if not x.numel():  # for no rows there is nothing to compute, and so no operator to see
+                before(layer, x)
+
         hooks = [
             norm.register_forward_pre_hook(
-                lambda _, args, kwargs, path=path: before(path, _x(args, kwargs)), with_kwargs=True
+                lambda _norm, args, path=path: before_nothing(path, args[0]) if args else None
             )
             for path, norm in self._norms.items()
         ]
         try:
-            run_exactly(self._network, inputs)
+            run_exactly(self._network, inputs, _Reaching(self._network, before))
         except _Enough:
             return
         finally:

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from pydantic import JsonValue
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from export import cost, parity, subject
 from export.audit import Finding, audit_module
@@ -186,10 +187,15 @@ def export_subject(
     with _writable(models):
         version = bundle.next_version(model_folder)
         folder = model_folder / version
+        signature = _signature(it, contents[bundle.MODEL_FILE])
+        for spec in (*signature.inputs, *signature.outputs):
+            kind = "input" if spec in signature.inputs else "output"
+            axes = ", ".join("batch" if axis == -1 else str(axis) for axis in spec.shape)
+            say(Check(what=f"{kind} '{spec.name}'", figure=f"{spec.datatype} [{axes}]", limit="", verdict="noted"))
         draft = Passport(
             name=name,
             version=version,
-            signature=_signature(it, contents[bundle.MODEL_FILE]),
+            signature=signature,
             files={path: bundle.digest(content) for path, content in contents.items()},
             batchnorm=converted.layers,
             golden=GoldenSummary(
@@ -297,6 +303,9 @@ def _train_eval_divergence(
 def _gap(it: Subject, say: Say) -> Gap | None:
     """For people: what each choice of statistics would do to the metric; only where there are answers."""
     if it.data is None:
+        return None
+    if not any(isinstance(part, _BatchNorm) for part in it.network.modules()):
+        say(Check(what="the gap of the statistics", figure="no BatchNorm", limit="", verdict="noted"))
         return None
     gap = measured_gap(it.network, it.data, settled=it.settled)
     for variant in gap.variants:

@@ -90,7 +90,7 @@ def analyse(module: nn.Module, inputs: Sequence[Tensor], *, trials_per_axis: int
     """
     dtype = _working_dtype(module, inputs)
     duplicate = copy.deepcopy(module).cpu().double()
-    rows = [_widened(tensor.detach().cpu()) for tensor in inputs]
+    rows = [widened(tensor.detach().cpu()) for tensor in inputs]
     exact = _outputs(duplicate, rows, Exact())  # type: ignore[no-untyped-call]
     moved_most = [0.0] * len(exact)
     for seed in range(trials_per_axis * len(_SIGN_AXES)):
@@ -140,7 +140,7 @@ def attention_in_parts() -> Iterator[None]:
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.dtype in _NARROW else tensor
 
 
@@ -161,9 +161,9 @@ class Exact(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     f"the network writes into a {str(value.dtype).removeprefix('torch.')} tensor that it keeps between "
                     "runs; register it as a buffer, so that it can be float64 here"
                 )
-        args = pytree.tree_map_only(Tensor, _widened, list(args))
+        args = pytree.tree_map_only(Tensor, widened, list(args))
         kwargs = {name: torch.float64 if value in _NARROW else value for name, value in (kwargs or {}).items()}
-        return pytree.tree_map_only(Tensor, _widened, self.computed(func, args, kwargs))
+        return pytree.tree_map_only(Tensor, widened, self.computed(func, args, kwargs))
 
     def computed(self, func: Any, args: Arguments, kwargs: Mapping[str, Any]) -> Any:
         return func(*args, **kwargs)
@@ -215,7 +215,7 @@ _MOVES = frozenset({
 _SUMS = frozenset({"add", "sub", "rsub"})
 _ARITHMETIC = _SUMS | {"div", "exp", "expm1", "mul", "pow", "reciprocal", "rsqrt", "sqrt", "square"}
 _MEANS = frozenset({"mean", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"})
-_BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"})
+BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"})
 # fmt: on
 
 
@@ -234,9 +234,9 @@ def _error(func: Any, args: Arguments, kwargs: Mapping[str, Any], y: Tensor, dty
         if op in _MEANS:  # (t / n)**2, where the operator divides the sum of t**2 by n once
             squares = squares / terms
         return u * math.sqrt(terms) * (y.square() + squares).sqrt()
-    if op in _BATCH_NORMS and (op.endswith("no_training") or not args[5]):
+    if op in BATCH_NORMS and (op.endswith("no_training") or not args[5]):
         return _frozen_error(args, dtype)
-    if op in _BATCH_NORMS or op in ("native_layer_norm", "native_group_norm"):
+    if op in BATCH_NORMS or op in ("native_layer_norm", "native_group_norm"):
         return _normalised_error(op, args, u)
     if op in ("_softmax", "_safe_softmax", "_log_softmax"):
         x, axis = args[0], args[1]
@@ -301,7 +301,7 @@ def _normalised_error(op: str, args: Arguments, u: float) -> Tensor:
     # the mean is a sum like any other; the variance may be computed as E[x**2] - E[x]**2
     error: Tensor = u * r * (math.sqrt(n) * square.sqrt() + 2 * values.abs())
     error = error + u * (math.sqrt(n) * square * r.square() + 8) * ((values - mean) * r).abs()
-    if op in _BATCH_NORMS:
+    if op in BATCH_NORMS:
         error = error.reshape(x.transpose(0, 1).shape).transpose(0, 1)
     error = error.reshape(x.shape)
     if gamma is None or beta is None:

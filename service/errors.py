@@ -168,7 +168,7 @@ class RowsRejected(BadRequest):
 
 
 class NotFinite(BadRequest):
-    """The network overflowed: its answer to this sample is not a number."""
+    """The network overflowed on a sample of named features; for tensors, such an output is null."""
 
     code = "not_finite"
 

@@ -130,7 +130,12 @@ Try it:
 
 
 def _call(repository: Repository, address: str) -> str:
-    live = next((live for live in repository.models if live.reader is not None), repository.models[0])
+    sendable = [
+        live for live in repository.models if all(spec.datatype != "FP16" for spec in live.admitted.signature.inputs)
+    ]
+    if not sendable:
+        return "float16 has no JSON form in the protocol, so there is no call to print; export the network in float32"
+    live = next((live for live in sendable if live.reader is not None), sendable[0])
     if live.reader is not None:
         path = "/predict" if len(repository.models) == 1 else f"/models/{live.name}/predict"
         body = orjson.dumps(live.admitted.signature.example()).decode()

@@ -19,7 +19,7 @@ def parsed(body: bytes) -> object:
     except orjson.JSONDecodeError as error:
         reason = f"{error.msg} at line {error.lineno} column {error.colno}"
         if any(word in body for word in (b"NaN", b"Infinity")):
-            reason += "; JSON has no NaN or Infinity: send null for a missing value"
+            reason += "; JSON has no NaN or Infinity; null stands for a missing value, in a feature that takes one"
         raise MalformedJson(reason) from error
 
 

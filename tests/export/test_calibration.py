@@ -617,3 +617,47 @@ def test_shards_are_a_division() -> None:
     x = rows(7, 2)
     parts = [shard([x], rank, 3)[0] for rank in range(3)]
     assert sorted(torch.cat(parts)[:, 0].tolist()) == sorted(x[:, 0].tolist())
+
+
+# Where a layer computes, and not where it is called
+
+
+class Turned(nn.BatchNorm1d):
+    """A BatchNorm for [N, L, C], as sequence models have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class ByFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.first
+        called = nn.functional.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, 1e-5
+        )
+        answer: Tensor = self.second(called.relu())
+        return answer
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 2**30])
+def test_a_layer_that_turns_its_input_is_measured_on_what_it_normalises(memory_bytes: int) -> None:
+    """Also where both axes are equally long, and nothing else would show."""
+    x = rows(9, 4, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    (layer,) = calibrate(nn.Sequential(Turned(4)), [x], memory_bytes=memory_bytes, batch_size=2).layers
+    np.testing.assert_allclose(layer.mean_C, x.double().mean((0, 1)).numpy(), rtol=1e-12)
+    assert layer.count == 36
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 2**30])
+def test_a_layer_that_a_function_uses_is_measured(memory_bytes: int) -> None:
+    """Were it not, the layers behind it would be measured behind stale statistics, and nobody would say so."""
+    x = rows(12, 5)
+    found = calibrate(ByFunction(), [x], memory_bytes=memory_bytes, batch_size=5)
+    assert [layer.layer for layer in found.layers] == ["first", "second"]
+    assert (found.unused, found.passes) == ((), 1 if memory_bytes else 2)
+    behind = ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()).relu()
+    np.testing.assert_allclose(found.layers[1].mean_C, behind.double().mean(0).numpy(), rtol=1e-5)

@@ -133,7 +133,7 @@ def test_a_regression_answers_a_value(several: Repository) -> None:
     [
         (b"", 400, "malformed_json", "the body is not valid JSON: it is empty"),
         (b"{", 400, "malformed_json", "at line 1 column 2"),
-        (b'{"age": NaN}', 400, "malformed_json", "JSON has no NaN or Infinity: send null for a missing value"),
+        (b'{"age": NaN}', 400, "malformed_json", "JSON has no NaN or Infinity; null stands for a missing value"),
         (b'{"age": 1e400}', 400, "malformed_json", "number is infinity"),
         (b"\xff\xfe", 400, "malformed_json", "the body is not valid JSON"),
         (b"[" * 2000, 400, "malformed_json", "depth limit"),
