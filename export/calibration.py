@@ -296,7 +296,7 @@ class _Watch(Exact):  # type: ignore[no-untyped-call, unused-ignore]  # depends 
         return self._layers.get(_storage(args[3]))
 
 
-class _Reaching(_Watch):  # type: ignore[no-untyped-call, unused-ignore]
+class Reaching(_Watch):  # type: ignore[no-untyped-call, unused-ignore]
     """Tells of each layer before it computes, with what it normalises: [N, C, ...], float64."""
 
     def __init__(self, network: nn.Module, before: Callable[[str, Tensor], None]) -> None:
@@ -539,7 +539,7 @@ class _Measuring:
             for path, norm in self._norms.items()
         ]
         try:
-            run_exactly(self._network, inputs, _Reaching(self._network, before))
+            run_exactly(self._network, inputs, Reaching(self._network, before))
         except _Enough:
             return
         finally:

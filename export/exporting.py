@@ -307,7 +307,7 @@ def _gap(it: Subject, say: Say) -> Gap | None:
     if not any(isinstance(part, _BatchNorm) for part in it.network.modules()):
         say(Check(what="the gap of the statistics", figure="no BatchNorm", limit="", verdict="noted"))
         return None
-    gap = measured_gap(it.network, it.data, settled=it.settled)
+    gap = measured_gap(it.network, it.data, batch_size=it.data.batch_size, settled=it.settled)
     for variant in gap.variants:
         figure = ", ".join(f"{metric} {value:.4f}" for metric, value in variant.metrics.items())
         say(Check(what=f"with the statistics {variant.name}", figure=figure, limit="", verdict="noted"))

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from export.calibration import Calibrated, Moments, Vector, applied, calibrate, run_exactly
+from export.calibration import Calibrated, Moments, Reaching, Vector, applied, calibrate, run_exactly
 from export.copying import copied
 from export.rounding import flattened
 from export.subject import Data
@@ -259,7 +259,10 @@ def _see_rows(network: nn.Module, inputs: Sequence[Tensor]) -> frozenset[str]:
 
     for path, norm in duplicate.named_modules():
         if isinstance(norm, _BatchNorm):
-            norm.register_forward_pre_hook(lambda _norm, args, path=path: look(path, args[0]))
+            norm.register_forward_pre_hook(
+                lambda _norm, args, kwargs, path=path: look(path, args[0] if args else kwargs["input"]),
+                with_kwargs=True,
+            )
     with torch.enable_grad():
         duplicate(*(tensor[:2].detach() for tensor in inputs))
     return frozenset(found)
@@ -318,13 +321,10 @@ def _moments_with_dropout(network: nn.Module, inputs: Sequence[Tensor]) -> dict[
     def take(path: str, x: Tensor) -> None:
         found[path] = found[path].merged(Moments.of(x)) if path in found else Moments.of(x)
 
-    for path, norm in live.named_modules():
-        if isinstance(norm, _BatchNorm):
-            norm.register_forward_pre_hook(lambda _norm, args, path=path: take(path, args[0]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for start in range(0, len(inputs[0]), _ROWS_AT_ONCE):
-            run_exactly(live, [tensor[start : start + _ROWS_AT_ONCE] for tensor in inputs])
+            run_exactly(live, [tensor[start : start + _ROWS_AT_ONCE] for tensor in inputs], Reaching(live, take))
     return found
 
 

@@ -27,7 +27,7 @@ from typing import Any, cast
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -275,8 +275,9 @@ def load(module: nn.Module, state: State) -> tuple[str, ...]:
     prefix = _prefix(state.tensors, wanted)
     inside = {key.removeprefix(prefix): tensor for key, tensor in state.tensors.items() if key.startswith(prefix)}
     outside = [key for key in state.tensors if not key.startswith(prefix) and key != _AVERAGED_COUNT]
+    takes_average = _AVERAGED_COUNT in wanted
     notes = [f"took '{prefix}' off the keys"] if prefix else []
-    if _AVERAGED_COUNT in state.tensors:
+    if _AVERAGED_COUNT in state.tensors and not takes_average:
         inside.pop(_AVERAGED_COUNT, None)
         notes.append("these are averaged weights (AveragedModel): their running statistics belong to other weights")
     missing = [key for key in wanted if key not in inside]
@@ -355,4 +356,11 @@ def attach_inserted(module: nn.Module, state: State) -> None:
     if specs := cast("dict[str, Any]", state.metadata.get(INSERTED_KEY, {})):
         from export.insertion import NormSpec, attach
 
-        attach(module, {layer: NormSpec(**spec) for layer, spec in specs.items()})
+        try:
+            found = {layer: NormSpec(**spec) for layer, spec in specs.items()}
+        except (AttributeError, TypeError, ValidationError) as error:
+            raise WrongCall(
+                f"'{state.file}' says under '{INSERTED_KEY}' in its header what evalmode does not understand: "
+                f"{first_line(error)}"
+            ) from error
+        attach(module, found)

@@ -99,6 +99,7 @@ def render(
     return environment.get_template("report.html.jinja").render(
         passport=passport,
         verdict=_verdict(passport, findings, gap),
+        warned=_warned(findings, gap),
         sentences=_sentences(passport, findings, gap),
         axes=axes,
         rows=rows,
@@ -124,9 +125,13 @@ def figure(value: float) -> str:
 # What it says
 
 
+def _warned(findings: Sequence[Finding], gap: Gap | None) -> bool:
+    return any(finding.severity == "warning" for finding in findings) or (gap is not None and gap.verdict != "fine")
+
+
 def _verdict(passport: Passport, findings: Sequence[Finding], gap: Gap | None) -> str:
-    warned = any(finding.severity == "warning" for finding in findings) or (gap is not None and gap.verdict != "fine")
-    return f"{passport.name}/{passport.version} is served as it was evaluated" + (", with a warning" if warned else "")
+    said = f"{passport.name}/{passport.version} is served as it was evaluated"
+    return f"{said}, with a warning" if _warned(findings, gap) else said
 
 
 def _sentences(passport: Passport, findings: Sequence[Finding], gap: Gap | None) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def _arrays(file: Path) -> dict[str, NDArray[Any]]:
             arrays = dict(content)
     except OSError as error:
         raise WrongCall(f"'{file}' cannot be read: {error.strerror or first_line(error)}") from error
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise WrongCall(f"'{file}' is no .npz file: {first_line(error)}; numpy.savez writes one") from error
     if not arrays:
         raise WrongCall(f"'{file}' has no arrays in it")
@@ -174,7 +175,7 @@ def _require_numbers(file: Path, name: str, array: NDArray[Any]) -> None:
 
 
 def _tensor(file: Path, name: str, array: NDArray[Any], dtype: torch.dtype) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = _plain(array)
     if not tensor.is_floating_point():
         return tensor
     converted = tensor.to(dtype)
@@ -183,8 +184,15 @@ def _tensor(file: Path, name: str, array: NDArray[Any], dtype: torch.dtype) -> T
     return converted
 
 
+def _plain(array: NDArray[Any]) -> Tensor:
+    """In this machine's byte order, and in a dtype that PyTorch computes with."""
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    dtype = np.float64 if kind == "f" and size > 8 else np.int64 if kind == "u" and size > 1 else array.dtype
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.dtype(dtype).newbyteorder("=")))
+
+
 def _answers(array: NDArray[Any] | None) -> Tensor | None:
     if array is None:
         return None
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = _plain(array)
     return tensor if tensor.is_floating_point() else tensor.long()

@@ -45,6 +45,8 @@ class Data:
     targets: Tensor
     """int64[N] for classes, float[N, ...] for numbers."""
     source: str
+    batch_size: int = 32
+    """Of the training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -98,7 +100,12 @@ def of_checkpoint(folder: Path, *, table: Path | None = None) -> Subject:
     data: Data | None = None
     if table is not None:
         known = tabular_data.parts(trained, table).training
-        data = Data(inputs=known.inputs, targets=known.answers, source=f"training rows of {table.name}")
+        data = Data(
+            inputs=known.inputs,
+            targets=known.answers,
+            source=f"training rows of {table.name}",
+            batch_size=document.training.batch_size,
+        )
     return Subject(
         module=served,
         inputs=trained.samples,
@@ -176,12 +183,16 @@ def of_module(
     _require_dtypes(module, names, inputs)
     network = with_batch_norm_for_instance_norm(copied(module).cpu().eval().requires_grad_(False))
     outputs = _answered(network, inputs)
-    found = tuple(output_names or _names(outputs))
+    found = tuple(output_names or (f"{name}_output" if name in names else name for name in _names(outputs)))
     tensors_out = flattened(outputs)
     if not tensors_out:
         raise Refused(f"the network's forward gives a {type(outputs).__name__} without tensors in it")
     if len(found) != len(tensors_out):
         raise WrongCall(f"{len(found)} output name(s) ({listing(found)}) for {len(tensors_out)} output(s)")
+    if len({*names, *found}) < len(names) + len(found):
+        raise WrongCall(
+            f"a tensor is named twice: {listing([*names, *found])}; --outputs gives the outputs other names"
+        )
     if softmax:
         _require_one_output("--softmax", tensors_out)
         network = _Probabilities(network).eval()

@@ -1,7 +1,7 @@
 """What a sample shows when a copy of the network runs in eval mode.
 
-1. The network itself is never run: a copy is, so nothing that its code does to itself reaches it, hooks, counters and
-   exceptions included.
+1. The network itself is never run: a copy is, so nothing that its code does to itself reaches it, counters and
+   exceptions included. The user's own hooks run on the copy, because they may be part of the function.
 2. In float64 where the network's code allows it, so that a difference is the network's doing and not rounding's.
 3. Every function of torch that is called is seen, `functional` ones too: from each tensor it is known which Dropout it
    went through, and on which axis its features are.

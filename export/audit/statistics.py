@@ -30,7 +30,16 @@ HALF_MIN = 6e-8
 
 
 def never_updated(facts: Facts) -> Iterator[Found]:
-    initial = [norm for norm in facts.norms if norm.initial]
+    reached = None if facts.observed is None else {seen.layer for seen in facts.observed.seen}
+    unused = [norm for norm in facts.norms if norm.initial and reached is not None and norm.layer not in reached]
+    if unused:
+        yield Found(
+            severity="info",
+            layers=names(unused),
+            message=f"{subject(unused, facts)} {verb(unused, 'has', 'have')} mean 0 and variance 1 in every channel, "
+            f"and {verb(unused, 'is', 'are')} never called on these rows: no answer depends on them",
+        )
+    initial = [norm for norm in facts.norms if norm.initial and norm not in unused]
     if not initial:
         return
     counts = {norm.num_batches_tracked for norm in initial}
@@ -61,8 +70,8 @@ def not_converged(facts: Facts) -> Iterator[Found]:
         layers=names(norms),
         message=f"{subject(norms, facts)} still {verb(norms, 'holds', 'hold')} up to r = {weight:.2%} of the initial "
         f"mean 0 and variance 1 ('{norm.layer}' after {count(norm.num_batches_tracked or 0, 'batch')}{assumed}); "
-        "exact statistics of the training data cure it, and mean / (1 - r), (var - r) / (1 - r) where momentum never "
-        "changed",
+        "unless they were measured at once (update_bn); exact statistics of the training data cure it, and mean / "
+        "(1 - r), (var - r) / (1 - r) where momentum never changed",
     )
 
 
@@ -148,8 +157,15 @@ def _unequal(counted: Sequence[NormFacts], facts: Facts) -> Iterator[Found]:
     others = [norm for norm in counted if norm.num_batches_tracked != usual]
     if others:
         n = others[0].num_batches_tracked or 0
+        # A head that was put on later has another count, and so has a layer that is called twice in a forward. Twice as
+        # many without being called twice is what activation checkpointing does.
+        calls = Counter(seen.layer for seen in facts.observed.seen) if facts.observed else Counter[str]()
+        twice = (2 * usual, usual / 2)
+        doubled = any(
+            norm.num_batches_tracked in twice and not norm.affine_frozen and calls[norm.layer] < 2 for norm in others
+        )
         yield Found(
-            severity="info" if all(norm.affine_frozen for norm in others) else "warning",
+            severity="warning" if doubled else "info",
             layers=names(others),
             message=f"{subject(others, facts)} counted another number of training batches than the rest: "
             f"'{others[0].layer}' {n}, the others {usual}, a ratio of {n / usual:.3g}",

@@ -32,9 +32,10 @@ def dropout_before(facts: Facts) -> Iterator[Found]:
 
 
 def branches_on_rows(facts: Facts) -> Iterator[Found]:
+    tried = facts.observed is not None and not facts.observed.company.rows
     for branch in facts.branches:
         yield Found(
-            severity="warning",
+            severity="info" if tried else "warning",  # of rows that were tried, none was answered otherwise
             layers=(branch.layer,),
             message=f"the code of '{branch.layer or 'the network'}' ({branch.where}) decides on the number of rows: "
             f"`if {branch.code}`; an export keeps one of the two ways, and one row is not answered as a batch is",

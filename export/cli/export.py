@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from export.cli import SETTINGS, require_extra
 from service.errors import WrongCall
@@ -27,6 +28,7 @@ def export(
     sample: Path | None = None,
     set_: Annotated[tuple[str, ...], SETTINGS] = (),
     data: Path | None = None,
+    batch_size: Annotated[int, Parameter(validator=Number(gte=2))] = 32,
     classes: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
     softmax: Annotated[bool, Parameter(negative="")] = False,
     outputs: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
@@ -62,6 +64,8 @@ def export(
     data
         Rows with their answers, for the gap report: .npz with an array 'targets' beside the inputs; for a checkpoint
         the table that it learned from.
+    batch_size
+        Rows in a batch of the training that --data is from: decides what is noise. A checkpoint knows its own.
     classes
         What the columns of the network's only output stand for.
     softmax
@@ -84,8 +88,8 @@ def export(
     checks: list[Check] = []
     with one_thread():
         subject = _subject(
-            console, target, weights=weights, sample=sample, settings=set_, data=data, classes=classes, softmax=softmax,
-            outputs=outputs, card=card,
+            console, target, weights=weights, sample=sample, settings=set_, data=data, batch_size=batch_size,
+            classes=classes, softmax=softmax, outputs=outputs, card=card,
         )  # fmt: skip
         with Console(stderr=True).status("exporting") as status:
             try:
@@ -123,6 +127,7 @@ def _subject(
     sample: Path | None,
     settings: Sequence[str],
     data: Path | None,
+    batch_size: int,
     classes: Sequence[str],
     softmax: bool,
     outputs: Sequence[str],
@@ -158,7 +163,9 @@ def _subject(
     if data is not None:
         with_answers = samples.read(data, network.module, targets=True)
         assert with_answers.targets is not None
-        answered = Data(inputs=with_answers.inputs, targets=with_answers.targets, source=data.name)
+        answered = Data(
+            inputs=with_answers.inputs, targets=with_answers.targets, source=data.name, batch_size=batch_size
+        )
     files = {"weights": weights, "sample": sample, "data": data}
     return subject.of_module(
         network.module,

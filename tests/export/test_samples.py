@@ -64,6 +64,24 @@ def test_floats_come_in_the_dtype_of_the_weights(tmp_path: Path) -> None:
     assert read(file, Two().half()).inputs[0].dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [">f4", np.longdouble, ">f8"])
+def test_any_byte_order_and_width(dtype: Any, tmp_path: Path) -> None:
+    """As other machines and other programs write them."""
+    found = read(saved(tmp_path, x=X.astype(dtype), mask=MASK.astype(">u4")), Two())
+    assert torch.equal(found.inputs[0], torch.from_numpy(X))
+    assert torch.equal(found.inputs[1], torch.from_numpy(MASK))
+
+
+def test_a_damaged_archive(tmp_path: Path) -> None:
+    file = tmp_path / "rows.npz"
+    np.savez_compressed(file, x=np.random.default_rng(0).normal(size=(400, 3)), mask=np.zeros((400, 2)))
+    content = bytearray(file.read_bytes())
+    content[200:400] = bytes(200)
+    file.write_bytes(content)
+    with pytest.raises(WrongCall, match=r"is no .npz file"):
+        read(file, Two())
+
+
 def test_answers_lie_beside_the_inputs(tmp_path: Path) -> None:
     """Whole numbers are classes, floats are numbers; an argument of that name is no answer."""
     file = saved(tmp_path, x=X, mask=MASK, targets=np.array([0, 1, 1, 0], dtype=np.int32))

@@ -64,6 +64,12 @@ def test_outputs_are_called_what_forward_calls_them(kind: str, names: tuple[str,
     assert of_module(Gives(kind), X).output_names == names
 
 
+def test_an_output_called_like_an_input_gets_another_name() -> None:
+    assert of_module(Gives("dict"), {"logits": X}).output_names == ("logits_output", "the_sum")
+    with pytest.raises(WrongCall, match="a tensor is named twice"):
+        of_module(Gives("tensor"), {"x": X}, output_names=["x"])
+
+
 def test_a_forward_without_tensors() -> None:
     with pytest.raises(Refused, match="gives a str without tensors"):
         of_module(Gives("nothing"), X)
