@@ -36,11 +36,10 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from export.copying import copied
-from export.rounding import BATCH_NORMS, Exact, attention_in_parts, widened
-from service.errors import EvalmodeError, Refused, WrongCall, first_line
+from export.watching import Flow, Moments, Reaching, batch_norms, levels_of, run_exactly
+from service.errors import EvalmodeError, Refused, WrongCall
 
 MEMORY_BYTES = 2**30
 """What the values between the layers may take when all rows run at once."""
@@ -191,7 +190,7 @@ def applied(module: nn.Module, calibrated: Calibrated) -> nn.Module:
         Refused: a statistic is too large for the layer's dtype.
     """
     duplicate = copied(module)
-    norms = _norms(duplicate)
+    norms = batch_norms(duplicate)
     for found in calibrated.layers:
         norm = norms.get(found.layer)
         if norm is None or norm.num_features != len(found.mean_C):
@@ -269,91 +268,8 @@ def _keep_statistics(norm: _BatchNorm) -> None:
     norm.track_running_stats = True
 
 
-def _norms(network: nn.Module) -> dict[str, _BatchNorm]:
-    return {path: part for path, part in network.named_modules() if isinstance(part, _BatchNorm)}
-
-
-# What depends on what
-
-
-class _Watch(Exact):  # type: ignore[no-untyped-call, unused-ignore]  # depends on the order in which mypy reads
-    """Sees every BatchNorm where it computes, and knows it by the running_mean that it is called with.
-
-    So a layer whose statistics a function uses is seen like any other, and one that turns its input around before it
-    normalises is measured on what it normalises.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._layers = {
-            _storage(norm.running_mean): path for path, norm in _norms(network).items() if norm.running_mean is not None
-        }
-
-    def layer(self, func: Any, args: Sequence[Any]) -> str | None:
-        """The layer that an operator computes; None where it computes none."""
-        if func.overloadpacket.__name__ not in BATCH_NORMS or not isinstance(args[3], Tensor):
-            return None
-        return self._layers.get(_storage(args[3]))
-
-
-class Reaching(_Watch):  # type: ignore[no-untyped-call, unused-ignore]
-    """Tells of each layer before it computes, with what it normalises: [N, C, ...], float64."""
-
-    def __init__(self, network: nn.Module, before: Callable[[str, Tensor], None]) -> None:
-        super().__init__(network)
-        self._before = before
-
-    def computed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        if layer := self.layer(func, args):
-            self._before(layer, args[0])
-        return func(*args, **kwargs)
-
-
-class _Flow(_Watch):  # type: ignore[no-untyped-call, unused-ignore]
-    """Marks every tensor with the layers that it depends on, by the storage that it lies in."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__(network)
-        self.bytes = 0
-        self.depends: dict[str, frozenset[str]] = {}
-        """For each layer, in the order in which they run, the layers that its input depends on."""
-        self.calls: dict[str, int] = {}
-        self._marks = {_storage(weight): frozenset[str]() for weight in (*network.parameters(), *network.buffers())}
-        self._left: frozenset[str] = frozenset()
-        self._alive: list[object] = []  # so that no storage is used again for something else
-
-    def computed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        layer = self.layer(func, args)
-        if layer is not None:
-            self.depends[layer] = self.depends.get(layer, frozenset()) | self._of(args[0])
-            self.calls[layer] = self.calls.get(layer, 0) + 1
-        result = pytree.tree_map_only(Tensor, widened, func(*args, **kwargs))
-        given = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-        layers = self._left.union(*(self._of(tensor) for tensor in given), {layer} if layer is not None else ())
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self._left = layers  # a Python number cannot be followed, so all that comes later may depend on it
-        made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        for tensor in (*made, *(given if func._schema.is_mutable else ())):
-            self._mark(tensor, layers)
-        return result
-
-    def _of(self, tensor: Tensor) -> frozenset[str]:
-        return self._marks.get(_storage(tensor), frozenset())
-
-    def _mark(self, tensor: Tensor, layers: frozenset[str]) -> None:
-        key = _storage(tensor)
-        if key not in self._marks:
-            self.bytes += tensor.untyped_storage().nbytes()
-            self._alive.append(tensor)
-        self._marks[key] = self._marks.get(key, frozenset()) | layers
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 def _plan(network: nn.Module, inputs: Sequence[Tensor], memory_bytes: int) -> Plan:
-    flow = _Flow(network)
+    flow = Flow(network)
     probed = [tensor[:2] for tensor in inputs]
     run_exactly(network, probed, flow)
     depends, calls = flow.depends, flow.calls
@@ -365,7 +281,7 @@ def _plan(network: nn.Module, inputs: Sequence[Tensor], memory_bytes: int) -> Pl
                 f"layer '{layer}' runs {calls[layer]} times and its later input depends on its earlier output, so no "
                 "statistics are those of its input; give each place a layer of its own"
             )
-    level = _levels(depends)
+    level = levels_of(depends)
     levels = tuple(
         tuple(layer for layer in calls if level[layer] == number) for number in range(1, max(level.values()) + 1)
     )
@@ -376,72 +292,11 @@ def _plan(network: nn.Module, inputs: Sequence[Tensor], memory_bytes: int) -> Pl
         calls=calls,
         one_pass=fits and max(calls.values()) == 1,
         bytes_per_row=bytes_per_row,
-        unused=tuple(path for path in _norms(network) if path not in calls),
+        unused=tuple(path for path in batch_norms(network) if path not in calls),
     )
 
 
-def _levels(depends: Mapping[str, frozenset[str]]) -> dict[str, int]:
-    """For each layer 1, or one more than the highest among those that its input depends on."""
-    level: dict[str, int] = {}
-
-    def of(layer: str) -> int:
-        if layer not in level:
-            level[layer] = 1 + max((of(other) for other in depends[layer]), default=0)
-        return level[layer]
-
-    for layer in depends:  # in the order in which they run, so that recursion is shallow
-        of(layer)
-    return level
-
-
-def run_exactly(network: nn.Module, inputs: Sequence[Tensor], mode: Exact | None = None) -> None:
-    """One forward pass in float64, for what hooks see of it.
-
-    Args:
-        network: in float64 and eval mode.
-
-    Raises:
-        Refused: the network fails on the rows.
-    """
-    rows = [widened(tensor.detach().cpu()) for tensor in inputs]
-    try:
-        with torch.no_grad(), attention_in_parts(), mode or Exact():  # type: ignore[no-untyped-call]
-            network(*rows)
-    except EvalmodeError:
-        raise
-    except Exception as error:  # the network's own code may raise anything
-        raise Refused(f"the network fails on these rows: {first_line(error)}") from error
-
-
 # Measuring
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Moments:
-    """How many values a layer's channels saw, their mean, and the sum of squared deviations from it: float64."""
-
-    count: int
-    mean_C: Tensor
-    m2_C: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor) -> Moments:
-        """Of a layer's input [N, C, ...]: mean first, then deviations."""
-        values_Cn = x.transpose(0, 1).flatten(1)
-        mean_C = values_Cn.mean(1)
-        return cls(count=values_Cn.shape[1], mean_C=mean_C, m2_C=(values_Cn - mean_C[:, None]).square().sum(1))
-
-    def merged(self, other: Moments) -> Moments:
-        """Of both together: Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983, (2.1)."""
-        if not self.count or not other.count:  # no value has no mean, which is NaN here
-            return self if self.count else other
-        count = self.count + other.count
-        delta_C = other.mean_C - self.mean_C
-        return Moments(
-            count=count,
-            mean_C=self.mean_C + delta_C * (other.count / count),
-            m2_C=self.m2_C + other.m2_C + delta_C.square() * (self.count * other.count / count),
-        )
 
 
 class _Enough(BaseException):
@@ -457,7 +312,7 @@ class _Measuring:
     def __init__(self, network: nn.Module, calls: Mapping[str, int]) -> None:
         self.settled: dict[str, Moments] = {}
         self._network = network
-        self._norms = _norms(network)
+        self._norms = batch_norms(network)
         self._calls = calls
 
     def settle_as_reached(self, inputs: Sequence[Tensor]) -> None:

@@ -40,10 +40,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from export.calibration import Calibrated, Moments, Reaching, Vector, applied, calibrate, run_exactly
+from export.calibration import Calibrated, Vector, applied, calibrate
 from export.copying import copied
 from export.rounding import flattened
 from export.subject import Data
+from export.watching import Moments, Reaching, run_exactly
 from service.errors import WrongCall
 
 NOTICEABLE = 0.02

@@ -33,9 +33,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from export.calibration import Moments, require_rows, run_exactly
+from export.calibration import require_rows
 from export.copying import copied
 from export.rounding import flattened
+from export.watching import Moments, run_exactly
 from service.errors import Refused, WrongCall, first_line, listing
 
 CHILD = "norm"
