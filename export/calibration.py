@@ -58,7 +58,8 @@ class Plan:
     """How often eval mode calls each layer."""
     one_pass: bool
     bytes_per_row: float
-    """All values between the layers, in float64 and without the weights: more than are there at any one time."""
+    """All values between the layers, in float64 and without the weights, and what the largest operator needs beside
+    them: an estimate from above."""
     unused: tuple[str, ...]
     """BatchNorm layers that eval mode never calls: nothing can be measured for them."""
 
@@ -198,7 +199,7 @@ def applied(module: nn.Module, calibrated: Calibrated) -> nn.Module:
                 f"the network has no BatchNorm '{found.layer}' of {len(found.mean_C)} channels; these statistics are "
                 "another network's"
             )
-        _keep_statistics(norm)
+        keep_statistics(norm)
         assert norm.running_mean is not None
         assert norm.running_var is not None
         assert norm.num_batches_tracked is not None
@@ -255,11 +256,12 @@ def _prepared(module: nn.Module) -> nn.Module:
     if not norms:
         raise Refused("the network has no BatchNorm layer, so there are no running statistics to measure")
     for norm in norms:
-        _keep_statistics(norm)
+        keep_statistics(norm)
     return network.double()  # those that were added as well
 
 
-def _keep_statistics(norm: _BatchNorm) -> None:
+def keep_statistics(norm: _BatchNorm) -> None:
+    """Give a layer running statistics, mean 0 and variance 1, if it has none."""
     if norm.running_mean is None or norm.running_var is None:
         like = norm.weight if norm.affine else torch.zeros(())
         norm.running_mean = torch.zeros(norm.num_features, dtype=like.dtype, device=like.device)

@@ -407,7 +407,9 @@ def _train_mode_shift(
 ) -> TrainModeShift | None:
     """The outputs with the new layers in train mode, against eval mode, in seeded batches."""
     rows = len(inputs[0])
-    if rows < 2 or batch_size < 2:
+    # all rows as one batch have the very statistics that were measured, and would not move at all
+    batch_size = min(batch_size, rows // 2)
+    if batch_size < 2:
         return None
     evaluated = copy.deepcopy(changed).eval()
     training = copy.deepcopy(evaluated)
@@ -417,7 +419,7 @@ def _train_mode_shift(
     moved, wanted = [], []
     for start in range(0, min(rows, _ROWS_FOR_SHIFT), batch_size):
         batch = [tensor[order[start : start + batch_size]] for tensor in inputs]
-        if len(batch[0]) < min(batch_size, rows):
+        if len(batch[0]) < batch_size:
             break  # a smaller batch than training's would say more than there is
         wanted.append(_first(_answers(evaluated, batch)))
         try:
@@ -426,7 +428,7 @@ def _train_mode_shift(
             return None
     before, after = torch.cat(wanted), torch.cat(moved)
     in_std = (after - before).abs() / before.std(0, correction=0).clamp_min(_DEAD)
-    return TrainModeShift(batch_size=min(batch_size, rows), median=float(in_std.median()), largest=float(in_std.max()))
+    return TrainModeShift(batch_size=batch_size, median=float(in_std.median()), largest=float(in_std.max()))
 
 
 def _first(outputs: Sequence[Tensor]) -> Tensor:

@@ -30,6 +30,7 @@ import torch
 from pydantic import JsonValue, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from service.errors import WrongCall, clipped, first_line, listing
 from service.files import write_whole
@@ -347,8 +348,20 @@ def built(target: str, *, weights: Path | None, settings: Sequence[str] = ()) ->
         return Built(module=module)
     state = read_state(weights)
     attach_inserted(module, state)
+    _give_statistics(module, state)
     notes = load(module, state)
     return Built(module=module, settled=state.settled, metadata=state.metadata, notes=notes)
+
+
+def _give_statistics(module: nn.Module, state: State) -> None:
+    """Let layers keep the statistics that `evalmode calibrate` measured, where their builder gave them none."""
+    from export.calibration import keep_statistics
+
+    parts = dict(module.named_modules())
+    for layer in state.settled:
+        part = parts.get(layer)
+        if isinstance(part, _BatchNorm) and part.running_mean is None:
+            keep_statistics(part)
 
 
 def attach_inserted(module: nn.Module, state: State) -> None:

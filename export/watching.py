@@ -10,6 +10,7 @@ operands depend on. Storages carry the marks, so views and in-place operators ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,8 @@ class Flow(_Watch):  # type: ignore[no-untyped-call, unused-ignore]
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
         self.bytes = 0
+        """Of all that was made, and of what the largest convolution and the measuring of the largest layer need."""
+        self._workspace = 0
         self.depends: dict[str, frozenset[str]] = {}
         """For each layer, in the order in which they run, the layers that its input depends on."""
         self.calls: dict[str, int] = {}
@@ -124,15 +127,23 @@ class Flow(_Watch):  # type: ignore[no-untyped-call, unused-ignore]
         if layer is not None:
             self.depends[layer] = self.depends.get(layer, frozenset()) | self._of(args[0])
             self.calls[layer] = self.calls.get(layer, 0) + 1
+            self._need(3 * args[0].nbytes)  # the channels first, the deviations, their squares
         result = pytree.tree_map_only(Tensor, widened, func(*args, **kwargs))
         given = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
         layers = self._left.union(*(self._of(tensor) for tensor in given), {layer} if layer is not None else ())
         if func is torch.ops.aten._local_scalar_dense.default:
             self._left = layers  # a Python number cannot be followed, so all that comes later may depend on it
+        if func is torch.ops.aten.convolution.default:
+            self._need(_columns_bytes(result, args))
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in (*made, *(given if func._schema.is_mutable else ())):
             self._mark(tensor, layers)
         return result
+
+    def _need(self, workspace: int) -> None:
+        more = max(workspace - self._workspace, 0)
+        self._workspace += more
+        self.bytes += more
 
     def _of(self, tensor: Tensor) -> frozenset[str]:
         return self._marks.get(_storage(tensor), frozenset())
@@ -157,6 +168,13 @@ def levels_of(depends: Mapping[str, frozenset[str]]) -> dict[str, int]:
     for layer in depends:  # in the order in which they run, so that recursion is shallow
         of(layer)
     return level
+
+
+def _columns_bytes(y: Tensor, args: Sequence[Any]) -> int:
+    """What a convolution in float64 lays out beside its input: a column of the kernel's inputs for each output."""
+    x, weight = args[0], args[1]
+    positions = max(math.prod(y.shape[2:]), math.prod(x.shape[2:]))
+    return int(x.shape[0] * positions * math.prod(weight.shape[1:]) * args[8] * x.element_size())
 
 
 def _storage(tensor: Tensor) -> int:

@@ -38,7 +38,8 @@ SUBJECTS = 8
 """Rows that independence is tried with: enough that each has different neighbours, few enough for a large model."""
 
 LONGEST_RUN_S = 1.0
-"""No batch is made that takes longer, as far as one row tells: a large network gains nothing by it, and all wait."""
+"""A batch that takes longer, as far as one row tells, is made of `SUBJECTS` rows only: a large network gains nothing by
+more, and all wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,20 +64,32 @@ class Admitted:
     asked for where so many would take longer than `LONGEST_RUN_S`."""
 
 
-def admit(bundle: Bundle, placement: Placement, *, threads: int = 0, max_batch_rows: int = 64) -> Admitted:
+def admit(
+    bundle: Bundle,
+    placement: Placement,
+    *,
+    threads: int = 0,
+    max_batch_rows: int = 64,
+    longest_run_s: float = LONGEST_RUN_S,
+) -> Admitted:
     """Lead a bundle through the four doors.
 
     Args:
         bundle: as read, not changed.
         max_batch_rows: the largest batch that independence is tested at, and that may be served.
+        longest_run_s: no larger batch than runs in that time, as far as one row tells, but always `SUBJECTS` rows.
 
     Raises:
         AdmissionRefused: a door did not open; its sentence says which, what was measured and what was wanted.
     """
-    return admit_with(bundle, lambda model: OnnxRuntime(model, placement, threads=threads), max_batch_rows)
+    return admit_with(
+        bundle, lambda model: OnnxRuntime(model, placement, threads=threads), max_batch_rows, longest_run_s
+    )
 
 
-def admit_with(bundle: Bundle, make_runtime: MakeRuntime, max_batch_rows: int) -> Admitted:
+def admit_with(
+    bundle: Bundle, make_runtime: MakeRuntime, max_batch_rows: int, longest_run_s: float = LONGEST_RUN_S
+) -> Admitted:
     """`admit` with any engine: the seam for tests."""
     model = sealed(bundle.model)
     batchnorms = check_structure(model)
@@ -91,7 +104,7 @@ def admit_with(bundle: Bundle, make_runtime: MakeRuntime, max_batch_rows: int) -
     rows = _subjects(runtime.inputs, golden_inputs)
     fixed = runtime.inputs[0].shape[0]
     run_s = _median_run_s(runtime, [array[: max(fixed, 1)] for array in rows])
-    max_batch_rows = min(max_batch_rows, max(SUBJECTS, int(LONGEST_RUN_S / run_s)))
+    max_batch_rows = int(min(max_batch_rows, max(SUBJECTS, longest_run_s / run_s)))
     sizes = batch_sizes(runtime.inputs, max_batch_rows)
     reference = reference_answers(runtime, rows, sizes[0])
     bounds = _rounding_bounds(bundle, model, runtime.outputs, reference)

@@ -5,6 +5,7 @@ Pure. What is here says nothing about what is right; the doors of `service.admis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ def rounding_bounds(
     Args:
         answers: one array per output.
     """
-    factor = summation_length(model) * _coarsest_roundoff(model, outputs)
+    roundoff = _coarsest_roundoff(model, outputs)
+    # a bound as large as the answer would say nothing: half of the digits must agree
+    factor = min(summation_length(model) * roundoff, math.sqrt(roundoff) / 2)
     return [factor * _largest(array) for array in answers]
 
 
@@ -87,7 +90,10 @@ def largest_difference(one: NDArray[Any], other: NDArray[Any]) -> float:
 
 
 def _largest(output: NDArray[Any]) -> float:
-    return float(np.abs(output.astype(np.float64)).max(initial=0.0)) if output.dtype.kind == "f" else 0.0
+    """The largest absolute value, infinities and NaN left out."""
+    if output.dtype.kind != "f":
+        return 0.0
+    return float(np.abs(output.astype(np.float64)).max(initial=0.0, where=np.isfinite(output)))
 
 
 def same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:

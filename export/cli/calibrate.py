@@ -138,6 +138,7 @@ class _Work:
         return found
 
     def _say_layers(self, found: Calibrated) -> None:
+        from rich.markup import escape
         from rich.table import Table as Grid
 
         grid = Grid("layer", title_justify="left")
@@ -146,7 +147,7 @@ class _Work:
         for layer in found.layers:
             known = not math.isnan(layer.mean_shift)
             grid.add_row(
-                layer.layer,
+                escape(layer.layer),
                 f"{layer.mean_shift:.3g} std" if known else "not kept",
                 f"{layer.variance_ratio:.3g} times" if known else "not kept",
                 f"{layer.count:,}",
@@ -182,12 +183,18 @@ def _calibrate_weights(
     validation: Path | None,
     out: Path,
 ) -> None:
+    from torch.nn.modules.instancenorm import _InstanceNorm
+
     from export import loading, samples
     from export.calibration import applied
 
     network = network_of(target, weights=weights, settings=settings, sample=data)
     for note in network.notes:
         work.console.print(f"note: {note}", markup=False)
+    for path, part in network.module.named_modules():
+        if isinstance(part, _InstanceNorm) and part.track_running_stats:
+            said = f"note: '{path}' is an InstanceNorm, whose statistics are averages over rows; it stays as it is"
+            work.console.print(said, markup=False)
     judged, where = (network.inputs, network.targets), data.name
     if validation is not None:
         read = samples.read(validation, network.module, targets=True)

@@ -46,6 +46,7 @@ def compare(
     """
     require_extra("compare")
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table as Grid
 
     from export.diagnosis import diagnose
@@ -64,7 +65,7 @@ def compare(
             grid.add_column(column, justify="right")
         for layer in found.layers:
             verdict = "[red]differs[/]" if layer.diverges else "[green]agrees[/]"
-            grid.add_row(layer.layer, f"{layer.difference:.2g}", f"{layer.allowed:.2g}", verdict)
+            grid.add_row(escape(layer.layer), f"{layer.difference:.2g}", f"{layer.allowed:.2g}", verdict)
         console.print(grid)
     said = f"{found.verdict}: {found.sentence}"
     if found.verdict not in ("equal", "just noise"):

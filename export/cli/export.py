@@ -192,6 +192,7 @@ def _subject(
 
 
 def _say_what_was_checked(console: Console, checks: Sequence[Check]) -> None:
+    from rich.markup import escape
     from rich.table import Table as Grid
 
     if not checks:
@@ -202,5 +203,7 @@ def _say_what_was_checked(console: Console, checks: Sequence[Check]) -> None:
     grid.add_column("limit", justify="right")
     grid.add_column("verdict")
     for check in checks:
-        grid.add_row(check.what, check.figure, check.limit, f"[{colours[check.verdict]}]{check.verdict}[/]")
+        grid.add_row(
+            escape(check.what), escape(check.figure), check.limit, f"[{colours[check.verdict]}]{check.verdict}[/]"
+        )
     console.print(grid)

@@ -103,6 +103,7 @@ def insert(
 
 
 def _say(console: Console, found: Inserted) -> None:
+    from rich.markup import escape
     from rich.table import Table as Grid
 
     grid = Grid("BatchNorm behind", title_justify="left")
@@ -112,7 +113,7 @@ def _say(console: Console, found: Inserted) -> None:
 
     for layer in found.layers:
         grid.add_row(
-            layer.layer,
+            escape(layer.layer),
             str(layer.spec.channels),
             f"{layer.error:.2g}",
             f"{LAYER_TOLERANCE * layer.range:.2g}",

@@ -299,6 +299,32 @@ class Branching(nn.Module):
         return x
 
 
+class WithSpare(nn.Module):
+    """A head that eval mode never calls, as new as it was made."""
+
+    def __init__(self, *, spare: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        if spare:
+            self.spare = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.norm(x)
+        return answer
+
+
+class BranchingInVain(nn.Module):
+    """Looks at the number of rows, and answers each row the same all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.norm(x) if len(x) > 1 else self.norm(x + 0)
+        return answer
+
+
 class BranchingByLength(Branching):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
@@ -482,6 +508,8 @@ CASES = (
          of_state(reference=reference()), "2 layers", "1 of them", "'standard'"),
     case(3, "new", "error", of(lambda: Small().eval()), of_small(), "2 of 2 layers", "'standard'",
          "num_batches_tracked 0"),
+    case(3, "never called", "info", settled(WithSpare, rows()),
+         settled(partial(WithSpare, spare=False), rows()), "layer 'spare'", "never called on these rows"),
     case(3, "one layer of a state", "error", of_state(filled(running_mean=0, running_var=1)), of_state(both_counted(0)),
          "layer 'body.norm'", "is 500"),
     case(3, "ONNX", "error", of_onnx(partial(batchnorm_model, mean=np.zeros(3, np.float32), var=np.ones(3,
@@ -514,6 +542,7 @@ CASES = (
     case(7, "nothing learns", "warning", of_small(frozen), of_small(frozen, lambda n: n.requires_grad_(False)), "500"),
     case(8, "twice", "warning", of_small(counted(norm=2 * STEPS)), of_small(), "'body.norm'", "1000", "500",
          "ratio of 2"),
+    case(8, "a head that was put on later", "info", of_small(counted(norm=90)), of_small(), "90", "0.18"),
     case(8, "a state", "warning", of_state(counted(norm=250)), of_state(counted(standard=1)), "ratio of 0.5"),
     case(8, "frozen, and so an info", "info", of_small(frozen, counted(norm=90)), of_small(frozen), "90", "0.18"),
     *(case(8, f"{STEPS} in {steps} steps", "warning", of_small(steps=steps), of_small(steps=STEPS), "2 of 2 layers",
@@ -572,6 +601,8 @@ CASES = (
     case(18, "shape", "warning", of(Branching), of(Checking), "Branching._normalised, line 3", "batch_size != 1"),
     case(18, "len", "warning", of(BranchingByLength), of(Checking), "line 3", "len(x) > 1"),
     case(18, "size", "warning", of(BranchingBySize), of(Small), "x.size(0) == 1"),
+    case(18, "tried, without effect", "info", settled(BranchingInVain, rows()), settled(Checking, rows()),
+         "len(x) > 1"),
     case(19, "how many", "error", settled(Branching, rows()), settled(Checking, rows()), "1 row",
          "the number of rows matters"),
     case(19, "which", "error", settled(Centring, rows()), settled(Checking, rows()),

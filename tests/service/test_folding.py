@@ -20,6 +20,7 @@ from service.cli import run
 from service.errors import AdmissionRefused
 from service.folding import Trial, folded_if_same, trials
 from service.graph.fold import Folded, fold
+from service.numerics import rounding_bounds
 from service.runtime import OnnxRuntime, place
 from tests.graphs import BETA, EPS, GAMMA, MEAN, VAR, batchnorm_answer, batchnorm_model, model
 
@@ -139,6 +140,24 @@ def test_what_is_allowed_is_what_decides(moved: float, folded: bool) -> None:
     served = folded_if_same(graph, Answers(like, right), lambda _: Answers(like, right + np.float32(moved)), [trial])
     assert all(bool(found.into) == folded for found in served.folds)
     assert dataclasses.is_dataclass(served)
+
+
+def test_a_certificate_says_something_in_half_precision_too() -> None:
+    """Without golden samples at most half of the digits may differ, however long the sums are."""
+    like = on_cpu(dense_model().SerializeToString())
+    answers = [np.array([[200.0, -3.0, np.inf]], dtype=np.float16)]
+    half = [spec.model_copy(update={"datatype": "FP16"}) for spec in like.outputs]
+    (bound,) = rounding_bounds(dense_model(), half, answers)
+    assert 0 < bound <= 0.012 * 200  # sqrt(2**-11) / 2
+
+
+def test_rows_that_overflow_decide_nothing() -> None:
+    """Made-up rows may, in either graph; the finite answers are compared all the same."""
+    graph = dense_model()
+    like = on_cpu(graph.SerializeToString())
+    answer = np.array([[1.0, np.nan, np.inf]], dtype=np.float32)
+    served = folded_if_same(graph, Answers(like, answer), lambda _: Answers(like, answer), [Trial(rows=[answer])])
+    assert all(found.into for found in served.folds)
 
 
 # The verbs
