@@ -179,16 +179,18 @@ def _equal_to_eval_mode(
                     parity.torch_outputs(duplicate, inputs), parity.torch_outputs(evaluated, inputs), strict=True
                 )
             )
-            by = f"by up to {apart:.3g}"
+            by = f"by up to {apart:.3g}" if apart else ""
         except ValueError as error:  # "Expected more than 1 value per channel when training"
             by = f"(on these rows it fails: {first_line(error)})"
-        return Diagnosis(
-            verdict="the reference was in train mode",
-            sentence=(
-                f"the file is the network in eval mode (within {worst:.3g}; rounding explains {allowed:.3g}); the "
-                f"network it is held against has '{training[0]}' in training mode and differs {by}; call .eval() first"
-            ),
-        )
+        if by:
+            return Diagnosis(
+                verdict="the reference was in train mode",
+                sentence=(
+                    f"the file is the network in eval mode (within {worst:.3g}; rounding explains {allowed:.3g}); the "
+                    f"network it is held against has '{training[0]}' in training mode and differs {by}; call .eval() "
+                    "first"
+                ),
+            )
     if worst == 0.0:
         return Diagnosis(verdict="equal", sentence="the file and the network give the same bits on these rows")
     return Diagnosis(
@@ -198,7 +200,7 @@ def _equal_to_eval_mode(
 
 
 def _has_modes(part: nn.Module) -> bool:
-    return isinstance(part, _BatchNorm | _DropoutNd)
+    return isinstance(part, _BatchNorm) or (isinstance(part, _DropoutNd) and part.p > 0)
 
 
 def _output_names(module: nn.Module, model: onnx.ModelProto, inputs: Sequence[Tensor]) -> list[str]:

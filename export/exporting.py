@@ -31,7 +31,7 @@ from export.audit import Finding, audit_module
 from export.conversion import Converted, convert
 from export.cost import Budget
 from export.diagnosis import diagnose
-from export.gap import Gap, measured_gap
+from export.gap import Gap, answers, measured_gap, metrics
 from export.parity import Parity
 from export.report import render
 from export.subject import Data, Sample, Subject
@@ -174,6 +174,11 @@ def export_subject(
     model_folder = models / bundle.checked_name(name)
     on_stage("auditing")
     budget = cost.budget(it.module, it.inputs)
+    if it.data is not None:
+        first = [tensor[:2] for tensor in it.data.inputs]
+        metrics(
+            answers(it.network, first), it.data.targets[:2]
+        )  # refuses answers that do not fit, before the long work
     findings = _audited(it, budget, say)
     on_stage("converting to ONNX")
     converted = _converted(it, say)

@@ -128,18 +128,23 @@ def measured_gap(network: nn.Module, data: Data, *, batch_size: int = 32, settle
         DEBIASED: answers(debiased, data.inputs),
         FULL: answers(applied(evaluated, full), data.inputs),
     }
+    probabilities = gives_probabilities(answered[STORED])  # decided once, so that all rows of the table mean the same
     first = _see_rows(evaluated, data.inputs)
     layers = _layers(evaluated, full, weights, first)
     verdict = _verdict(
         layers,
         debiased=_layers(debiased, full, weights, first),
-        with_dropout=_divergences(evaluated, _moments_with_dropout(evaluated, data.inputs)),
+        with_dropout=_divergences(evaluated, _moments(evaluated, data.inputs, dropout=True)),
+        without_dropout=_divergences(evaluated, _moments(evaluated, data.inputs, dropout=False)),
         network=evaluated,
         rows=len(data.targets),
         batch_size=batch_size,
     )
     return Gap(
-        variants=tuple(Variant(name=name, metrics=metrics(got, data.targets)) for name, got in answered.items()),
+        variants=tuple(
+            Variant(name=name, metrics=metrics(got, data.targets, probabilities=probabilities))
+            for name, got in answered.items()
+        ),
         layers=layers,
         verdict=verdict,
         sentence=_sentence(verdict, layers),
@@ -161,13 +166,22 @@ def initial_weight(norm: _BatchNorm) -> float:
     return float((1 - norm.momentum) ** count) if count or is_initial else 0.0
 
 
-def metrics(output: Tensor, targets: Tensor) -> dict[str, float]:
+def gives_probabilities(output: Tensor) -> bool:
+    """Whether answers are probabilities and not logits: none is negative, and rows of several sum to 1."""
+    columns = output.double().reshape(len(output), -1)
+    if columns.shape[1] == 1:
+        return bool(((columns >= 0) & (columns <= 1)).all())
+    return bool((columns >= 0).all()) and torch.allclose(columns.sum(1), torch.ones(()).double(), atol=1e-3)
+
+
+def metrics(output: Tensor, targets: Tensor, *, probabilities: bool | None = None) -> dict[str, float]:
     """How good answers are: accuracy and log loss for classes, the root of the mean squared error for numbers.
 
     Args:
         output: float[N, K], logits or probabilities of K classes; float[N] or float[N, 1], a logit, a probability or a
             number; or float[N, ...] numbers.
-        targets: int64[N], the class; or float[N, ...], the number.
+        probabilities: whether they are; None asks `gives_probabilities`.
+        targets: int64[N] or int64[N, 1], the class; or float[N, ...], the number.
 
     Raises:
         WrongCall: there is not one answer for each output.
@@ -177,17 +191,19 @@ def metrics(output: Tensor, targets: Tensor) -> dict[str, float]:
         if output.numel() != targets.numel():
             raise WrongCall(f"targets have the shape {list(targets.shape)}, the output {list(output.shape)}")
         return {"RMSE": float((output.reshape(targets.shape) - targets.double()).square().mean().sqrt())}
+    targets = targets[:, 0] if targets.ndim == 2 and targets.shape[1] == 1 else targets
     if output.shape[0] != targets.shape[0] or targets.ndim != 1 or output.ndim > 2:
         raise WrongCall(
             f"targets have the shape {list(targets.shape)}, the output {list(output.shape)}; integers are classes, one "
             "for each row of [N, classes]; save numbers as floats"
         )
     columns = output.reshape(len(output), -1)
+    if probabilities is None:
+        probabilities = gives_probabilities(output)
     if columns.shape[1] == 1:
-        is_probability = bool(((columns >= 0) & (columns <= 1)).all())
-        yes = columns[:, 0] if is_probability else columns[:, 0].sigmoid()
+        yes = columns[:, 0] if probabilities else columns[:, 0].sigmoid()
         columns = torch.stack([1 - yes, yes], 1)
-    elif bool((columns < 0).any()) or not torch.allclose(columns.sum(1), torch.ones(()).double(), atol=1e-3):
+    elif not probabilities:
         columns = columns.softmax(1)
     if int(targets.min()) < 0 or int(targets.max()) >= columns.shape[1]:
         raise WrongCall(
@@ -309,15 +325,15 @@ def _divergence(d: tuple[Vector, Vector], s: tuple[Vector, Vector]) -> float:
     return float(np.mean((var_d / var_s - 1 - np.log(var_d / var_s) + (mean_d - mean_s) ** 2 / var_s) / 2))
 
 
-def _moments_with_dropout(network: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Moments]:
-    """What reaches each layer with its stored statistics and dropout on; nothing where there is no dropout."""
+def _moments(network: nn.Module, inputs: Sequence[Tensor], *, dropout: bool) -> dict[str, Moments]:
+    """What reaches each layer, with stored statistics and dropout on or off; nothing where there is no dropout."""
     live = copy.deepcopy(network).double()
     dropouts = [part for part in live.modules() if isinstance(part, _DropoutNd) and part.p > 0]
     found: dict[str, Moments] = {}
     if not dropouts:
         return found
     for part in dropouts:
-        part.train()
+        part.train(dropout)
 
     def take(path: str, x: Tensor) -> None:
         found[path] = found[path].merged(Moments.of(x)) if path in found else Moments.of(x)
@@ -346,6 +362,7 @@ def _verdict(
     *,
     debiased: Sequence[LayerGap],
     with_dropout: Sequence[float],
+    without_dropout: Sequence[float],
     network: nn.Module,
     rows: int,
     batch_size: int,
@@ -356,7 +373,7 @@ def _verdict(
     better = max(layer.divergence for layer in debiased)
     if max(layer.initial_weight for layer in layers) > NOTICED_WEIGHT and better <= worst / 2:
         return "not converged"
-    if with_dropout and max(with_dropout) <= worst / 2:
+    if with_dropout and max(with_dropout) <= max(without_dropout) / 2:
         return "dropout"
     momenta = [norm.momentum for norm in network.modules() if isinstance(norm, _BatchNorm) and norm.momentum]
     m = max(momenta, default=0.1)

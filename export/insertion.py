@@ -310,7 +310,7 @@ def _make_identity(norm: _BatchNorm, mean_C: Tensor, var_C: Tensor) -> None:
     # made of what the layer keeps, after its rounding to the layer's own dtype
     norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
     norm.bias.copy_(norm.running_mean)
-    norm.num_batches_tracked.fill_(1)  # with 0, the first batch of a cumulative average would replace everything
+    norm.num_batches_tracked.fill_(1)  # with 0 it would look like a layer that was never updated
 
 
 def _norm(module: nn.Module, layer: str) -> _BatchNorm:

@@ -15,7 +15,7 @@ import difflib
 import inspect
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,26 @@ def read(file: Path, module: nn.Module, *, targets: bool = False) -> Samples:
     ]
     inputs = tuple(_tensor(file, name, array, dtype) for name, array in arrays.items())
     return Samples(names=tuple(arrays), inputs=inputs, targets=_answers(answers), notes=tuple(notes))
+
+
+def read_for(file: Path, names: Sequence[str]) -> tuple[Tensor, ...]:
+    """Read rows for the inputs of a graph, in its order.
+
+    Raises:
+        WrongCall: the file cannot be read, or its arrays do not fit the names or each other.
+    """
+    arrays = _arrays(file)
+    takes = {name: inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names if name.isidentifier()}
+    _taken_out(arrays, takes)
+    unnamed = list(arrays) == [f"arr_{i}" for i in range(len(arrays))] or len(arrays) == len(names) == 1
+    found = dict(zip(names, arrays.values(), strict=False)) if unnamed else arrays
+    if set(found) != set(names) or len(arrays) != len(names):
+        raise WrongCall(f"'{file}' has the arrays {listing(arrays)}, but the model takes {listing(names)}")
+    for name, array in found.items():
+        _require_numbers(file, name, array)
+    if len({len(array) for array in found.values()}) > 1 or not len(found[names[0]]):
+        raise WrongCall(f"'{file}' needs as many rows in each array, and one at least")
+    return tuple(_plain(found[name]) for name in names)
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:

@@ -32,6 +32,8 @@ class Trial:
     rows: Sequence[NDArray[Any]]
     allowed: Sequence[float] | None = None
     """None: what rounding explains, by the lengths of the graph's sums."""
+    alone: bool = False
+    """There is no other trial."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,7 @@ def trials(bundle: Bundle, plain: Runtime) -> list[Trial]:
     golden = bundle.passport.golden if bundle.passport else None
     rows = bundle.golden("input")
     if golden is None or not rows:
-        return [Trial(rows=made_up)]
+        return [Trial(rows=made_up, alone=True)]
     tolerances = [golden.tolerances.get(spec.name) for spec in plain.outputs]
     allowed = [tolerance.absolute if tolerance else 0.0 for tolerance in tolerances]
     return [Trial(rows=rows, allowed=allowed), Trial(rows=made_up)]
@@ -86,6 +88,8 @@ def _difference(plain: Runtime, folded: Runtime, model: onnx.ModelProto, trial: 
     """Why the folded graph is not the same function, on these rows."""
     wanted, got = plain.run(trial.rows), folded.run(trial.rows)
     allowed = trial.allowed
+    if allowed is None and trial.alone and not any(np.isfinite(one).any() for one in wanted if one.dtype.kind == "f"):
+        return "made-up rows are outside its domain, and without golden samples nothing else shows that it is the same"
     if allowed is None:
         allowed = [2 * bound for bound in rounding_bounds(model, plain.outputs, wanted)]
     for spec, one, other, bound in zip(plain.outputs, wanted, got, allowed, strict=True):

@@ -57,8 +57,8 @@ def freeze(model: Path, out: Path, /) -> None:
 
     Such a file normalises with the statistics of each request, and answers every single sample with a constant. What is
     written uses the running statistics that the file holds. That is only right if they were learned, so the file must
-    prove it: they are constants, finite, not the initial mean 0 and variance 1, and not one step away from it. The
-    better way is to export the network again, in eval mode.
+    prove it: they are constants, finite, and the variances of each layer prove five updates or more, which no exporter
+    makes by itself. The better way is to export the network again, in eval mode.
 
     Examples:
 

@@ -104,14 +104,24 @@ def audit_state(
 
 def audit_onnx(
     model: onnx.ModelProto,
+    inputs: Sequence[Tensor] | None = None,
     *,
     reference: Mapping[str, Tensor] | None = None,
     settled: frozenset[str] = frozenset(),
 ) -> tuple[Finding, ...]:
-    """Audit an ONNX model with its weights inside; torch is needed for `reference` only. See `audit_module`."""
+    """Audit an ONNX model with its weights inside; torch is needed for `inputs` and `reference` only.
+
+    Args:
+        inputs: sample rows for each input of the graph, in its order. See `audit_module` for the others.
+    """
     from export.audit.from_onnx import read_onnx
 
-    return _judged(read_onnx(model), None, None, None, reference, settled)
+    facts = read_onnx(model)
+    if inputs:
+        from export.audit.probe_onnx import probe_onnx
+
+        facts = replace(facts, observed=probe_onnx(model, inputs))
+    return _judged(facts, None, None, None, reference, settled)
 
 
 def _judged(

@@ -55,10 +55,12 @@ def probe(module: nn.Module, inputs: Sequence[Tensor]) -> Probed:
             except Exception as error:
                 raise Refused(f"the network fails on the sample: {first_line(error)}") from error
             tolerance = 1e-3
-        company = _company(network, rows, outputs, tolerance)
-    padded = max((_padded_share(tensor) for tensor in inputs), default=0.0)
+        company = company_of(network, rows, outputs, tolerance)
+    padded = max((padded_share(tensor) for tensor in inputs), default=0.0)
     return Probed(
-        observed=Observed(seen=tuple(_seen(watched, padded) for watched in witness.watched.values()), company=company),
+        observed=Observed(
+            seen=tuple(seen_of(watched, padded) for watched in witness.watched.values()), company=company
+        ),
         live_dropouts=tuple(witness.live.values()),
         dropouts_before=tuple(dict.fromkeys(witness.dropouts_before)),
         features_last=tuple(witness.features_last.values()),
@@ -97,7 +99,7 @@ class _Past:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Watched:
+class Watched:
     """The sums of a layer's inputs over all its calls, row by row, around a pivot."""
 
     layer: str
@@ -137,7 +139,7 @@ class _Witness(TorchFunctionMode):
         self.pasts: MutableMapping[Tensor, _Past] = WeakIdKeyDictionary()
         self.kinds = {path: type(part).__name__ for path, part in network.named_modules()}
         self.stack: list[str] = []
-        self.watched: dict[str, _Watched] = {}
+        self.watched: dict[str, Watched] = {}
         self.live: dict[str, LiveDropout] = {}
         self.dropouts_before: list[DropoutBefore] = []
         self.features_last: dict[str, FeaturesLast] = {}
@@ -243,7 +245,7 @@ class _Witness(TorchFunctionMode):
         pivot_C = torch.nan_to_num(pivot_C, posinf=0.0, neginf=0.0)
         watched = self.watched.setdefault(
             layer,
-            _Watched(
+            Watched(
                 layer=layer,
                 pivot_C=pivot_C,
                 values_per_row=x_NCS.shape[2],
@@ -261,7 +263,7 @@ class _Witness(TorchFunctionMode):
         watched.weights_N.append(torch.full((len(x_NCS),), float(x_NCS.shape[2]), dtype=torch.float64))
         watched.values_per_row = min(watched.values_per_row, x_NCS.shape[2])
         if x.ndim == 3:
-            watched.padded_share = max(watched.padded_share, _padded_share(x))
+            watched.padded_share = max(watched.padded_share, padded_share(x))
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -305,7 +307,7 @@ def _flat_integers(values: Iterable[Any]) -> Iterator[int]:
 # Sums of a layer
 
 
-def _seen(watched: _Watched, padded: float) -> Seen:
+def seen_of(watched: Watched, padded: float) -> Seen:
     """Mean, population variance and their standard errors, over rows that are independent of each other."""
     mean_NC, square_NC = torch.cat(watched.means_NC), torch.cat(watched.squares_NC)
     weight_N1 = torch.cat(watched.weights_N)[:, None]
@@ -326,7 +328,7 @@ def _seen(watched: _Watched, padded: float) -> Seen:
     )
 
 
-def _padded_share(tensor: Tensor) -> float:
+def padded_share(tensor: Tensor) -> float:
     """How much of rows of a sequence is trailing zeros: [N, L] of indices, [N, C, L] or [N, L, C] of numbers.
 
     0 where every row has as many of them: that is no padding, or one that every row shares.
@@ -348,7 +350,7 @@ def _padded_share(tensor: Tensor) -> float:
 # Rows and their company
 
 
-def _company(network: nn.Module, rows: Sequence[Tensor], together: Sequence[Tensor], tolerance: float) -> Company:
+def company_of(network: nn.Module, rows: Sequence[Tensor], together: Sequence[Tensor], tolerance: float) -> Company:
     """Row 0 alone, with one, with two, and with all others; and with another neighbour."""
     total = len(rows[0]) if rows[0].ndim else 0
     if total < 2:

@@ -104,13 +104,23 @@ def _findings(
 ) -> tuple[Finding, ...]:
     path = Path(target)
     if path.suffix == ".onnx" or (path / "model.onnx").is_file():
-        if given := next((flag for flag, value in {"--weights": weights, "--data": data}.items() if value), None):
-            raise WrongCall(f"{given} is for a network; '{target}' is an ONNX file, which has its weights in it")
+        if weights or settings:
+            raise WrongCall(
+                f"'{target}' is an ONNX file, which has its weights in it; --weights and --set are for a network"
+            )
         from export.audit import audit_onnx
         from service import bundle
 
         file = path / bundle.MODEL_FILE if path.is_dir() else path
-        return audit_onnx(bundle.read_plain(file).model)
+        model = bundle.read_plain(file).model
+        if data is None:
+            return audit_onnx(model)
+        require_extra("audit --data")
+        from export.samples import read_for
+
+        constants = {tensor.name for tensor in model.graph.initializer}
+        names = [value.name for value in model.graph.input if value.name not in constants]
+        return audit_onnx(model, read_for(data, names))
     require_extra("audit")
     from export.audit import audit_module, audit_state
     from export.loading import is_builder, read_state

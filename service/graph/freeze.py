@@ -7,13 +7,12 @@
 `momentum` is ONNX's: the weight of the OLD value. A file in training mode holds running statistics, but nothing in it
 says whether they were ever learned. A network fresh from its constructor has mean 0 and variance 1, and the TorchScript
 exporter, which runs the network that it exports in training mode, moves them once, with its dummy input. So the
-smallest variance is asked how many updates it took at least, and one is not enough.
+smallest variance of each layer is asked how many updates it took at least, and a few are not enough.
 
 1. Every running_mean and running_var is a constant, finite and not negative, and no layer still has mean 0 and
    variance 1 throughout.
-2. Some layer proves two updates. All layers of a network are updated together, so one speaks for all that took part
-   in training: those whose gamma or beta was optimised. A layer with the gamma 1 and beta 0 of a new one speaks for
-   itself, and must prove `MANY_UPDATES`.
+2. Each layer proves `MANY_UPDATES` by its own variances. None speaks for another: a new head may stand on a trained
+   backbone, and gamma and beta may be drawn.
 3. What the batch computed (the outputs beyond Y) is taken by no node; as outputs of the graph it is dropped.
 4. What comes out is frozen by the rules of `scan`, and Dropout is in inference.
 
@@ -26,7 +25,7 @@ Source: ONNX operators BatchNormalization-6, -7, -9, -14, -15 and Dropout-6, -12
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableSequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,7 +41,7 @@ from service.graph.scan import BatchNorm, Constants, scan, walk
 __all__ = ["Frozen", "FrozenLayer", "freeze"]
 
 DEFAULT_MOMENTUM = 0.9  # of every version of the operator
-MANY_UPDATES = 10
+MANY_UPDATES = 5
 """More than summaries, shape probes and exporters make: a new network that was printed has seen one or two batches."""
 _LAST_WITH_IS_TEST = 6
 _ROUNDINGS = 3  # of an update in the dtype of the statistics: momentum itself, the product, the sum
@@ -87,7 +86,6 @@ def freeze(model: onnx.ModelProto) -> Frozen:
     nodes = [(node, constants) for node, constants in walk(frozen.graph, {}) if node.domain in _AI_ONNX]
     norms = [node for node, _ in nodes if node.op_type == "BatchNormalization"]
     training = [(node, fact) for node, fact in zip(norms, scan(frozen).batchnorms, strict=True) if _trains(node, opset)]
-    seen = {id(node): constants for node, constants in nodes}
     dropouts = [node for node, constants in nodes if node.op_type == "Dropout" and _drops(node, opset, constants)]
     used = set(_used(frozen.graph))
     for node, fact in training:
@@ -104,9 +102,8 @@ def freeze(model: onnx.ModelProto) -> Frozen:
     if not training and not dropouts:
         raise Refused("nothing in the model is in training mode; it can be served as it is")
     layers = tuple(_learned(node, fact) for node, fact in training)
-    _require_two_updates(layers, [fact for _, fact in training])
-    for (node, fact), layer in zip(training, layers, strict=True):
-        _require_part_in_training(node, fact, layer, seen[id(node)])
+    for layer, (_, fact) in zip(layers, training, strict=True):
+        _require_many_updates(layer, fact)
     return Frozen(model=frozen, layers=layers, dropouts=len(dropouts))
 
 
@@ -178,36 +175,19 @@ def _least_updates(var: NDArray[Any], momentum: float) -> int:
     return max(0, math.ceil(math.log(smallest) / math.log(momentum * (1 - unit) ** _ROUNDINGS)))
 
 
-def _require_part_in_training(node: onnx.NodeProto, fact: BatchNorm, layer: FrozenLayer, constants: Constants) -> None:
-    """A new layer in a trained network, or a new network that was summarised, is told from one that learned."""
-    gamma, beta = (constants.get(name) for name in node.input[1:3])
-    optimised = (
-        gamma is not None
-        and beta is not None
-        and not ((numpy_helper.to_array(gamma) == 1).all() and not numpy_helper.to_array(beta).any())
-    )
-    if not optimised and layer.least_updates < MANY_UPDATES:
-        assert fact.running_var is not None
-        raise Refused(
-            f"BatchNormalization '{fact.layer}' has gamma 1 and beta 0, as a new layer has, and its smallest variance "
-            f"({float(fact.running_var.min()):g}) proves {layer.least_updates} update(s); {MANY_UPDATES} would tell "
-            "training from a stray forward pass; export the network again in eval mode"
-        )
-
-
-def _require_two_updates(layers: Sequence[FrozenLayer], facts: Sequence[BatchNorm]) -> None:
-    """One update is what an exporter does to a network that never learned.
+def _require_many_updates(layer: FrozenLayer, fact: BatchNorm) -> None:
+    """A layer that learned is told from one that saw a stray forward pass or two.
 
     Raises:
-        Refused: no layer proves a second one.
+        Refused: its variances do not prove `MANY_UPDATES`.
     """
-    if layers and max(layer.least_updates for layer in layers) < 2:
-        smallest, layer = min(
-            (float(fact.running_var.min()), fact.layer) for fact in facts if fact.running_var is not None
-        )
+    if layer.least_updates < MANY_UPDATES:
+        assert fact.running_var is not None
         raise Refused(
-            f"nothing proves that the statistics were learned: the smallest running_var is {smallest:.4g} ('{layer}'), "
-            "as after one update of a new network, which exporters do by themselves; export the network in eval mode"
+            f"nothing proves that the statistics of BatchNormalization '{layer.layer}' were learned: its smallest "
+            f"running_var is {float(fact.running_var.min()):.4g}, which {max(layer.least_updates, 1)} update(s) of a "
+            f"new layer could leave; {MANY_UPDATES} are wanted, because exporters and summaries make one or two; export "
+            "the network again in eval mode"
         )
 
 

@@ -106,6 +106,23 @@ def test_dropout_before_batchnorm_is_named_as_the_reason() -> None:
     assert "gathered with dropout on" in gap.sentence
 
 
+def test_dropout_behind_the_last_batchnorm_is_not_the_reason() -> None:
+    """It never reaches a layer's statistics, whatever else is wrong with them."""
+    network = trained(400)
+    with torch.no_grad():
+        network.mix.weight.mul_(2.5)
+    network.head = nn.Sequential(nn.Dropout(0.5), network.head)  # type: ignore[assignment]
+    assert gap_of(network).verdict == "stale"
+
+
+def test_settled_layers_hold_nothing_of_their_initial_values() -> None:
+    """A count of batches says nothing about statistics that were measured exactly."""
+    network = trained(20)
+    assert all(layer.initial_weight > 0.1 for layer in gap_of(network).layers)
+    found = measured_gap(network, DATA, settled=frozenset({"raw", "hidden"}))
+    assert [layer.initial_weight for layer in found.layers] == [0.0, 0.0]
+
+
 def test_an_average_of_too_few_rows_is_noisy() -> None:
     """Momentum 0.9 over batches of 8: what is stored is little more than the last batch."""
     gap = gap_of(trained(300, momentum=0.9, rate=1e-4, batch=8), batch_size=8)
@@ -174,9 +191,10 @@ def test_initial_weight() -> None:
         ([[0.8, 0.2], [0.4, 0.6]], [0, 0], {"accuracy": 0.5, "log loss": -(np.log(0.8) + np.log(0.4)) / 2}),
         ([0.8, 0.4], [1, 1], {"accuracy": 0.5, "log loss": -(np.log(0.8) + np.log(0.4)) / 2}),
         ([[3.0], [-1.0]], [1, 0], {"accuracy": 1.0, "log loss": (np.log1p(np.exp(-3)) + np.log1p(np.exp(-1))) / 2}),
+        ([[0.8, 0.2], [0.4, 0.6]], [[0], [0]], {"accuracy": 0.5, "log loss": -(np.log(0.8) + np.log(0.4)) / 2}),
         ([[3.0], [-1.0]], [1.0, 1.0], {"RMSE": np.sqrt((4 + 4) / 2)}),
     ],
-    ids=["logits", "probabilities", "one probability", "one logit", "numbers"],
+    ids=["logits", "probabilities", "one probability", "one logit", "a column of classes", "numbers"],
 )
 def test_metrics(output: list[object], targets: list[object], want: dict[str, float]) -> None:
     found = metrics(torch.tensor(output), torch.tensor(targets))

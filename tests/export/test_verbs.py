@@ -212,6 +212,13 @@ def test_audit_of_everything_that_can_be_audited(tmp_path: Path, capsys: pytest.
     assert run([*EXPORT, "--models", str(tmp_path)]) == 0
     for target in (tmp_path / "mine" / "1", tmp_path / "mine" / "1" / "model.onnx"):
         assert run(["audit", str(target)]) == 0
+        assert run(["audit", str(target), "--data", "sample.npz"]) == 0
+        assert "BN022" in said(capsys)  # one value per channel: only rows can show it
+    np.savez(tmp_path / "scaled.npz", x=np.load("train.npz")["x"] * np.float32(255), kind=np.load("train.npz")["kind"])
+    assert run(["audit", str(tmp_path / "mine" / "1"), "--data", str(tmp_path / "scaled.npz")]) == 0
+    assert "unlike those of 300 rows" in " ".join(said(capsys).split())
+    assert run(["audit", str(tmp_path / "mine" / "1"), "--data", "bad.npz"]) == 1
+    assert "the model fails on the sample" in said(capsys)
 
 
 def test_audit_for_programs(capsys: pytest.CaptureFixture[str]) -> None:

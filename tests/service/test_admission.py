@@ -320,3 +320,10 @@ def test_reading_a_bundle_from_disk_is_the_same(tmp_path: Path) -> None:
 def test_largest_difference_counts_what_is_not_finite(one: list[float], other: list[float], difference: float) -> None:
     """NaN beside a number is infinitely far, and never passes for small because it compares false."""
     assert largest_difference(np.array(one), np.array(other)) == difference
+
+
+def test_a_slow_model_gets_small_batches_but_never_fewer_than_independence_needs() -> None:
+    """A batch that takes long is made of 8 rows only; without a limit the clock decides nothing."""
+    read = bundles.read(Path(__file__).parents[2] / "models" / "credit" / "1", name="credit", version="1")
+    assert admit(read, place("cpu"), longest_run_s=1e-9).max_batch_rows == 8
+    assert admit(read, place("cpu"), longest_run_s=float("inf")).max_batch_rows == 64
