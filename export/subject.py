@@ -195,7 +195,7 @@ def of_module(
         )
     if softmax:
         _require_one_output("--softmax", tensors_out)
-        network = _Probabilities(network).eval()
+        network = Probabilities(network).eval()
         tensors_out = flattened(_answered(network, inputs))
     if classes:
         _require_probabilities(classes, tensors_out)
@@ -236,7 +236,7 @@ def with_batch_norm_for_instance_norm(network: nn.Module) -> nn.Module:
 
 
 @final
-class _Probabilities(nn.Module):
+class Probabilities(nn.Module):
     """The softmax of a network's logits, over the last axis."""
 
     def __init__(self, network: nn.Module) -> None:

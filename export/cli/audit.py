@@ -85,9 +85,32 @@ def audit(
             print(rendering.sarif(findings, target=target))
         case "table":
             rendering.table(findings, file=sys.stdout)
+            for note in _not_asked(target, rows=data is not None):
+                print(f"note: {note}", file=sys.stderr)
     errors = sum(finding.severity == "error" for finding in findings)
     if errors:
         raise Refused(f"{errors} finding{'s are errors' if errors > 1 else ' is an error'}; see docs/rules")
+
+
+def _newest(path: Path) -> Path:
+    """A model's folder stands for its newest version."""
+    from service import bundle
+
+    versions = bundle.versions_in(path) if path.is_dir() and not (path / bundle.MODEL_FILE).is_file() else []
+    return path / versions[-1] if versions else path
+
+
+def _not_asked(target: str, *, rows: bool) -> list[str]:
+    """What a clean answer does not say."""
+    notes = []
+    if Path(target).suffix in _WEIGHTS:
+        notes.append(
+            "a file with weights has no code: modes, eps, momentum and branches were not asked; name the network as "
+            "module:callable to ask them"
+        )
+    elif not rows:
+        notes.append("without --data, what only rows show was not asked: whether answers depend on the batch, and more")
+    return notes
 
 
 def _findings(
@@ -102,7 +125,7 @@ def _findings(
     training_rows: int | None,
     batch_size: int | None,
 ) -> tuple[Finding, ...]:
-    path = Path(target)
+    path = _newest(Path(target))
     if path.suffix == ".onnx" or (path / "model.onnx").is_file():
         if weights or settings:
             raise WrongCall(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from cyclopts import Parameter
+
 from export.cli import EVAL, SETTINGS, network_of, require_extra
 from service.errors import Refused, WrongCall
 
@@ -18,6 +20,7 @@ def compare(
     weights: Path | None = None,
     set_: Annotated[tuple[str, ...], SETTINGS] = (),
     eval_: Annotated[bool, EVAL] = False,
+    softmax: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Say whether an ONNX model is a network in eval mode, and if not, why, and at which BatchNorm they part.
 
@@ -34,7 +37,7 @@ def compare(
     target
         module:callable, which returns a torch.nn.Module, or the folder that 'evalmode train' wrote.
     model
-        The ONNX file.
+        The ONNX file, or a bundle's folder.
     sample
         Real rows, .npz: an array for each argument of forward. A checkpoint brings its own.
     weights
@@ -43,6 +46,8 @@ def compare(
         An argument of the callable, key=value.
     eval_
         Put the network in eval mode first.
+    softmax
+        The file gives the softmax of the network's logits, as 'evalmode export --softmax' makes it.
     """
     require_extra("compare")
     from rich.console import Console
@@ -50,14 +55,17 @@ def compare(
     from rich.table import Table as Grid
 
     from export.diagnosis import diagnose
-    from service.bundle import read_plain
+    from export.subject import Probabilities
+    from service.bundle import MODEL_FILE, read_plain
 
     network = network_of(target, weights=weights, settings=set_, sample=sample, served=True)
     if not network.inputs:
         raise WrongCall("--sample is missing: the two are compared on real rows, never on noise")
     if eval_:
         network.module.eval()
-    found = diagnose(network.module, read_plain(model).model, network.inputs)
+    module = Probabilities(network.module) if softmax else network.module
+    module.training = network.module.training  # of the wrapper alone
+    found = diagnose(module, read_plain(model / MODEL_FILE if model.is_dir() else model).model, network.inputs)
     console = Console(highlight=False, soft_wrap=True)
     if found.layers:
         grid = Grid("BatchNorm layer", title_justify="left")

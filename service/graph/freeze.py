@@ -186,8 +186,8 @@ def _require_many_updates(layer: FrozenLayer, fact: BatchNorm) -> None:
         raise Refused(
             f"nothing proves that the statistics of BatchNormalization '{layer.layer}' were learned: its smallest "
             f"running_var is {float(fact.running_var.min()):.4g}, which {max(layer.least_updates, 1)} update(s) of a "
-            f"new layer could leave; {MANY_UPDATES} are wanted, because exporters and summaries make one or two; export "
-            "the network again in eval mode"
+            f"new layer could leave; {MANY_UPDATES} are wanted, because exporters and summaries make one or two; "
+            "export the network again in eval mode"
         )
 
 

@@ -147,7 +147,7 @@ def _tensor(spec: TensorSpec, tensor: Mapping[str, object]) -> NDArray[Any]:
     if tensor.get("datatype") != spec.datatype:
         raise DatatypeMismatch(tensor=spec.name, got=tensor.get("datatype"), want=spec.datatype)
     if spec.datatype == "FP16":
-        raise BadRequest(f"input '{spec.name}' is FP16, which has no JSON form in this protocol; use the binary form")
+        raise BadRequest(f"input '{spec.name}' is FP16, which has no JSON form in this protocol; export it in float32")
     shape = tensor.get("shape")
     if not isinstance(shape, list) or not all(type(axis) is int and axis >= 0 for axis in shape):
         raise WrongType(what=f"the shape of input '{spec.name}'", got=shape, want="a list of non-negative integers")

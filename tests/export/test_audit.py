@@ -1092,4 +1092,4 @@ def test_the_table() -> None:
     assert "1 error, 1 warning, 1 info;" in printed
     file = io.StringIO()
     rendering.table((), file=file)
-    assert file.getvalue() == f"no findings: {len(RULES)} rules passed\n"
+    assert file.getvalue() == "no findings\n"

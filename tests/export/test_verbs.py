@@ -210,7 +210,7 @@ def test_audit_of_everything_that_can_be_audited(tmp_path: Path, capsys: pytest.
     assert "BN001" in said(capsys)
     assert run(["audit", "own_nets:one", "--weights", "bn.pt", "--eval"]) == 0
     assert run([*EXPORT, "--models", str(tmp_path)]) == 0
-    for target in (tmp_path / "mine" / "1", tmp_path / "mine" / "1" / "model.onnx"):
+    for target in (tmp_path / "mine", tmp_path / "mine" / "1", tmp_path / "mine" / "1" / "model.onnx"):
         assert run(["audit", str(target)]) == 0
         assert run(["audit", str(target), "--data", "sample.npz"]) == 0
         assert "BN022" in said(capsys)  # one value per channel: only rows can show it
@@ -379,6 +379,12 @@ def test_compare_says_which_side_is_wrong(tmp_path: Path, capsys: pytest.Capture
     assert "the reference was in train mode: the file is the network in eval mode" in said(capsys)
     assert run(["compare", "own_nets:one", model, "--weights", "bn.pt", "--sample", "sample.npz", "--eval"]) == 0
     assert re.search(r"(equal|just noise): the file and the network", said(capsys))
+    folder = str(tmp_path / "mine" / "1")
+    assert run(["compare", "own_nets:one", folder, "--weights", "bn.pt", "--sample", "sample.npz", "--eval"]) == 0
+    assert run([*EXPORT, "--softmax", "--models", str(tmp_path / "soft")]) == 0
+    soft = ["compare", "own_nets:one", str(tmp_path / "soft" / "mine" / "1"), "--weights", "bn.pt", "--sample"]
+    assert run([*soft, "sample.npz", "--eval"]) == 1
+    assert run([*soft, "sample.npz", "--eval", "--softmax"]) == 0
     assert run(["compare", "own_nets:one", model, "--weights", "bn.pt"]) == 2
     assert "--sample is missing" in said(capsys)
 
