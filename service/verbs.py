@@ -83,10 +83,11 @@ def freeze(model: Path, out: Path, /) -> None:
         print(f"  {layer.layer}: {layer.channels} channels, frozen; {proof}")
     if frozen.dropouts:
         print(f"  {frozen.dropouts} Dropout nodes switched off")
-    print(
-        "note: an exporter that traced the network in training mode has moved the statistics by one step, on its dummy "
-        "input; a file cannot show it. The better way is to export the network again, in eval mode."
-    )
+    if frozen.layers:
+        print(
+            "note: an exporter that traced the network in training mode has moved the statistics by one step, on its "
+            "dummy input; a file cannot show it. The better way is to export the network again, in eval mode."
+        )
     print(f"\nfroze {len(frozen.layers)} BatchNorm layers\nwritten: {out}\nnext:    evalmode serve {out}")
 
 
