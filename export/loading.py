@@ -336,6 +336,11 @@ class Built:
     metadata: Mapping[str, JsonValue] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def structure(self) -> dict[str, JsonValue]:
+        """What a file with later weights must say, so that the network can be built for them: what was put in."""
+        return {key: value for key, value in self.metadata.items() if key == INSERTED_KEY}
+
 
 def built(target: str, *, weights: Path | None, settings: Sequence[str] = ()) -> Built:
     """Build the user's network and give it its weights.

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,7 +172,10 @@ def of_module(
         WrongCall: the rows are none, not finite, or not as many in each; the classes are not as many as the columns.
         Refused: the network fails on the rows, or its output is not what `classes` and `softmax` say.
     """
+    if not isinstance(module, nn.Module):
+        raise WrongCall(f"the network is a {type(module).__name__}; give a torch.nn.Module, with its weights")
     if isinstance(sample, Mapping):
+        sample = _by_argument(module, sample)
         input_names = list(sample)
         sample = list(sample.values())
     tensors = (sample,) if isinstance(sample, Tensor | np.ndarray) else tuple(sample)
@@ -212,6 +216,18 @@ def of_module(
         card=card,
         data=data,
     )
+
+
+def _by_argument(module: nn.Module, sample: Mapping[str, Tensor | NDArray[Any]]) -> dict[str, Tensor | NDArray[Any]]:
+    """Rows by name, in the order in which `forward` takes them; one alone may be called anything."""
+    arguments = inspect.signature(module.forward).parameters
+    any_number = any(argument.kind is inspect.Parameter.VAR_POSITIONAL for argument in arguments.values())
+    if len(sample) == 1 or any_number:
+        return dict(sample)
+    names = list(arguments)
+    if set(sample) != set(names[: len(sample)]):
+        raise WrongCall(f"the sample has {listing(sample)}, but forward takes {listing(names)}")
+    return {name: sample[name] for name in names[: len(sample)]}
 
 
 def with_batch_norm_for_instance_norm(network: nn.Module) -> nn.Module:

@@ -96,8 +96,9 @@ def insert(
     console.print(
         f"\nwritten: {out}\n"
         f"next:    evalmode export {target} --weights {out} --sample inputs.npz --name NAME\n"
-        "train:   from export.loading import built; network = "
-        f"built('{target}', weights=Path('{out}')).module",
+        "train:   from export.loading import built, write_state\n"
+        f"         found = built('{target}', weights=Path('{out}'))  # then train found.module, and keep it with\n"
+        "         write_state(Path('trained.safetensors'), found.module.state_dict(), found.structure)",
         markup=False,
     )
 

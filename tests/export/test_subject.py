@@ -90,6 +90,25 @@ def test_rows_come_in_any_form(sample: Any) -> None:
     assert subject.input_names == (("rows",) if isinstance(sample, dict) else ("input",))
 
 
+class Minus(nn.Module):
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return left - right
+
+
+def test_rows_by_name_go_to_their_arguments() -> None:
+    """In whatever order a dictionary has them."""
+    subject = of_module(Minus(), {"right": X, "left": 2 * X})
+    assert subject.input_names == ("left", "right")
+    assert torch.equal(subject.module(*subject.inputs), X)
+    with pytest.raises(WrongCall, match="the sample has 'a', 'b', but forward takes 'left', 'right'"):
+        of_module(Minus(), {"a": X, "b": X})
+
+
+def test_what_is_no_network() -> None:
+    with pytest.raises(WrongCall, match=r"the network is a type; give a torch.nn.Module"):
+        of_module(Minus, X)  # type: ignore[arg-type]
+
+
 def test_probabilities_are_made_only_on_request() -> None:
     network = settled(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), X)
     with pytest.raises(Refused, match="--softmax serves the softmax"):

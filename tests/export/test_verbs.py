@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from export import export_model
 from export.audit import RULES
-from export.loading import built, read_state
+from export.loading import built, read_state, write_state
 from service.admission import admit
 from service.bundle import Passport, read
 from service.cli import run
@@ -354,6 +354,11 @@ def test_insert_and_then_everything_else(tmp_path: Path, capsys: pytest.CaptureF
     inserted = network_of(str(out), norm="false")
     with torch.no_grad():
         torch.testing.assert_close(inserted(*rows_of()), network_of("plain.pt", norm="false")(*rows_of()))
+    found = built("own_nets:one", weights=out, settings=["norm=false"])
+    write_state(tmp_path / "trained.safetensors", found.module.state_dict(), found.structure)  # as is printed
+    assert "write_state(Path('trained.safetensors'), found.module.state_dict(), found.structure)" in printed
+    again = network_of(str(tmp_path / "trained.safetensors"), norm="false")
+    assert list(again.state_dict()) == list(inserted.state_dict())
     export = ["export", "own_nets:one", "--set", "norm=false", "--weights", str(out), "--sample", "sample.npz"]
     assert run([*export, "--name", "mine", "--models", str(tmp_path)]) == 0
     passport = Passport.model_validate_json((tmp_path / "mine" / "1" / "model.json").read_text())
