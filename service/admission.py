@@ -57,11 +57,11 @@ class Admitted:
     """For each output, the largest distance from PyTorch over the golden samples; empty without golden samples."""
     golden_rows: int
     independence: IndependenceFigure
-    run_s: float
-    """How long one row takes: the median of several runs, after warm-up."""
+    subjects: Sequence[NDArray[Any]]
+    """The rows that independence was tried with: one array per input."""
     max_batch_rows: int
-    """The most rows that may run together; 1 where that would change a bit, or where rows differ in shape. Fewer than
-    asked for where so many would take longer than `LONGEST_RUN_S`."""
+    """The most rows that independence was shown for. Fewer than asked for where so many would take longer than
+    `LONGEST_RUN_S`."""
 
 
 def admit(
@@ -109,7 +109,6 @@ def admit_with(
     reference = reference_answers(runtime, rows, sizes[0])
     bounds = _rounding_bounds(bundle, model, runtime.outputs, reference)
     independence = check_independence(runtime, rows, reference, batch_sizes=sizes, bounds=bounds)
-    stackable = all(spec.shape[0] == -1 and -1 not in spec.shape[1:] for spec in runtime.inputs)
     return Admitted(
         bundle=bundle,
         runtime=runtime,
@@ -119,8 +118,8 @@ def admit_with(
         golden=golden,
         golden_rows=golden_inputs[0].shape[0] if golden_inputs else 0,
         independence=independence,
-        run_s=run_s,
-        max_batch_rows=max_batch_rows if independence.kind == "exact" and stackable else 1,
+        subjects=rows,
+        max_batch_rows=max_batch_rows,
     )
 
 

@@ -138,19 +138,20 @@ def predict(
     device: Annotated[Device, Parameter(help="Where the model runs.")] = "auto",
 ) -> None:
     """One prediction in this process: the answer that the service gives, through the same admission."""
+    from service.protocol import Body
     from service.protocol.predict import parse
-    from service.repository import find, load
+    from service.repository import load
     from service.runtime import place
 
     try:
         body = sys.stdin.buffer.read() if str(sample) == "-" else sample.read_bytes()
     except OSError as error:
         raise WrongCall(f"'{sample}' cannot be read: {error.strerror}") from error
-    repository = load(find(model), place(device), Settings(device=device))
+    repository = load(model, place(device), Settings(device=device))
     if not repository.ready:
         raise Refused("; ".join(f"{entry.name}/{entry.version} was {entry.reason}" for entry in repository.entries))
     live = repository.only()
-    request = parse(live, body)
+    request = parse(live, Body(body))
     answer = request.answer(live.admitted.runtime.run(request.accepted.tensors))
     print(json.dumps(answer, ensure_ascii=False, indent=2))
 

@@ -2,12 +2,12 @@
 
 `plan` decides, `Coalescer` acts.
 
-Rule 1: there is no timer. What was submitted in one turn of the event loop runs together; while a batch runs in a
-        thread, those that arrive form the next. A lone request never waits.
+Rule 1: there is no timer. A request that is alone runs at once; what was submitted in one turn of the event loop runs
+        together; while a batch runs in a thread, those that arrive form the next.
 Rule 2: a request enters only as `Accepted`, so one caller's mistake cannot fail another's.
 Rule 3: order is arrival; a request is never split and never overtaken.
 Rule 4: every request submitted gets an answer or an exception; one that fails does not fail those beside it.
-Rule 5: whoever has gone is dropped before anything is computed.
+Rule 5: whoever has gone, or has no time left, is dropped before anything is computed.
 """
 
 from __future__ import annotations
@@ -15,27 +15,45 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from time import perf_counter_ns
+from typing import Any, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.errors import ClientLeft, DeadlineExceeded
 from service.runtime import Runtime
 from service.signature import Accepted
-
-INLINE_RUN_S = 0.002
-"""A model whose run takes less is run on the event loop: shorter than what two thread switches and their jitter cost
-under load, and short enough that health checks do not notice."""
+from service.statistics import Statistics
 
 Outputs = list[NDArray[Any]]
 
 
-@dataclass(frozen=True, slots=True)
+class Computed(NamedTuple):
+    """What the model gave for a request, and where its time went."""
+
+    outputs: Outputs
+    """One array per output of the model, with this request's rows."""
+    queue_ns: int
+    compute_ns: int
+    """Of the whole batch that it ran in."""
+
+
+@dataclass(slots=True)
 class _Request:
     accepted: Accepted
-    answer: asyncio.Future[Outputs]
+    answer: asyncio.Future[Computed]
+    submitted_ns: int
+    expires_ns: int | None
+    gone: Callable[[], bool] | None
+
+
+class _Batch(NamedTuple):
+    results: list[Outputs | Exception]
+    started_ns: int
+    ended_ns: int
 
 
 def plan(waiting_rows: Iterable[int], max_rows: int) -> int:
@@ -61,71 +79,147 @@ def plan(waiting_rows: Iterable[int], max_rows: int) -> int:
 class Coalescer:
     """Runs the requests for one model, in batches as they come. Belongs to one event loop."""
 
-    def __init__(self, runtime: Runtime, *, max_rows: int, inline: bool) -> None:
+    def __init__(
+        self, runtime: Runtime, *, max_rows: int, inline_rows: int, statistics: Statistics | None = None
+    ) -> None:
         """
         Args:
             max_rows: 1 for a model whose answers other rows in the batch would change, be it by rounding.
-            inline: run on the event loop (short models) instead of in a thread.
+            inline_rows: a batch of so many rows is short enough to run on the event loop; a larger one gets a thread.
+            statistics: what is run is counted there.
         """
         self._runtime = runtime
         self._max_rows = max_rows
-        self._inline = inline
+        self._inline_rows = inline_rows
+        self._statistics = Statistics() if statistics is None else statistics
         self._waiting: deque[_Request] = deque()
-        self._scheduled = False
+        self._busy = False
+        """A batch is running, or will in the next turn of the loop."""
 
-    def submit(self, accepted: Accepted) -> asyncio.Future[Outputs]:
-        """The outputs of these rows, one array per output of the model, as a future.
+    def submit(
+        self,
+        accepted: Accepted,
+        *,
+        alone: bool = False,
+        expires_ns: int | None = None,
+        gone: Callable[[], bool] | None = None,
+    ) -> asyncio.Future[Computed]:
+        """What the model gives for these rows, as a future.
 
         Cancelling the future drops the rows if they have not started to run.
+
+        Args:
+            alone: no other request is being read or answered in this process, so nothing is gained by waiting for the
+                turn of the loop to end.
+            expires_ns: on the clock of `perf_counter_ns`; after it nobody wants the answer.
+            gone: says that the client has left.
+
+        Raises:
+            ClientLeft, DeadlineExceeded: through the future.
         """
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Outputs] = loop.create_future()
-        self._waiting.append(_Request(accepted, answer))
-        if not self._scheduled:
-            self._scheduled = True
+        request = _Request(accepted, loop.create_future(), perf_counter_ns(), expires_ns, gone)
+        if alone and not self._busy and accepted.rows <= self._inline_rows:
+            self._finish([request], self._compute([request]))
+            return request.answer
+        self._waiting.append(request)
+        if not self._busy:
+            self._busy = True
             loop.call_soon(self._run_next)
-        return answer
+        return request.answer
+
+    @property
+    def waiting_rows(self) -> int:
+        return sum(request.accepted.rows for request in self._waiting)
 
     def _run_next(self) -> None:
         batch = self._take()
         if not batch:
-            self._scheduled = False
-        elif self._inline:
+            self._busy = False
+        elif sum(request.accepted.rows for request in batch) <= self._inline_rows:
             self._finish(batch, self._compute(batch))
+            self._go_on()
         else:
             run = asyncio.get_running_loop().run_in_executor(None, self._compute, batch)
-            run.add_done_callback(lambda done: self._finish(batch, done.result()))
+            run.add_done_callback(lambda done: self._finish_thread(batch, done.result()))
+
+    def _finish_thread(self, batch: Sequence[_Request], computed: _Batch) -> None:
+        self._finish(batch, computed)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._run_next)
+        else:
+            self._busy = False
 
     def _take(self) -> list[_Request]:
+        now_ns = perf_counter_ns()
         while self._waiting:
             count = plan((request.accepted.rows for request in self._waiting), self._max_rows)
-            batch = [request for _ in range(count) if not (request := self._waiting.popleft()).answer.done()]
-            if batch:
+            taken = [self._waiting.popleft() for _ in range(count)]
+            if batch := [request for request in taken if _wanted(request, now_ns)]:
                 return batch
         return []
 
-    def _compute(self, batch: Sequence[_Request]) -> list[Outputs | Exception]:
+    def _compute(self, batch: Sequence[_Request]) -> _Batch:
         """One result for each request. Never raises: a batch that fails is run again request by request."""
+        started_ns = perf_counter_ns()
         try:
-            outputs = self._runtime.run(_stacked([request.accepted.tensors for request in batch]))
+            tensors = _stacked([request.accepted.tensors for request in batch])
+            stacked_ns = perf_counter_ns()
+            outputs = self._runtime.run(tensors)
+            ran_ns = perf_counter_ns()
         except Exception as error:  # whatever it is, it belongs to the callers
-            if len(batch) == 1:
-                return [error]
-            return [result for request in batch for result in self._compute([request])]
-        ends = list(itertools.accumulate(request.accepted.rows for request in batch))
-        return [[output[start:end] for output in outputs] for start, end in itertools.pairwise([0, *ends])]
+            failed: list[Outputs | Exception] = [error]
+            if len(batch) > 1:
+                failed = [self._compute([request]).results[0] for request in batch]
+            return _Batch(failed, started_ns, perf_counter_ns())
+        results = _split(outputs, [request.accepted.rows for request in batch])
+        ended_ns = perf_counter_ns()
+        self._statistics.ran(
+            rows=sum(request.accepted.rows for request in batch),
+            requests=len(batch),
+            input_ns=stacked_ns - started_ns,
+            infer_ns=ran_ns - stacked_ns,
+            output_ns=ended_ns - ran_ns,
+        )
+        return _Batch(results, started_ns, ended_ns)
 
-    def _finish(self, batch: Sequence[_Request], results: Sequence[Outputs | Exception]) -> None:
-        for request, result in zip(batch, results, strict=True):
+    def _finish(self, batch: Sequence[_Request], computed: _Batch) -> None:
+        compute_ns = computed.ended_ns - computed.started_ns
+        for request, result in zip(batch, computed.results, strict=True):
+            queue_ns = computed.started_ns - request.submitted_ns
+            self._statistics.queue.add(queue_ns)
             if request.answer.done():  # cancelled while it ran
                 continue
             if isinstance(result, Exception):
                 request.answer.set_exception(result)
             else:
-                request.answer.set_result(result)
-        asyncio.get_running_loop().call_soon(self._run_next)
+                request.answer.set_result(Computed(result, queue_ns, compute_ns))
+
+
+def _wanted(request: _Request, now_ns: int) -> bool:
+    """Somebody waits for the answer, and still has time to."""
+    if request.answer.done():
+        return False
+    if request.gone is not None and request.gone():
+        request.answer.set_exception(ClientLeft())
+        return False
+    if request.expires_ns is not None and now_ns >= request.expires_ns:
+        request.answer.set_exception(DeadlineExceeded())
+        return False
+    return True
 
 
 def _stacked(requests: Sequence[Sequence[NDArray[Any]]]) -> Sequence[NDArray[Any]]:
     """The tensors of several requests as one batch: one array per input, rows in the order of the requests."""
     return requests[0] if len(requests) == 1 else [np.concatenate(arrays) for arrays in zip(*requests, strict=True)]
+
+
+def _split(outputs: Outputs, rows: Sequence[int]) -> list[Outputs | Exception]:
+    """Each request's own rows of every output."""
+    if len(rows) == 1:
+        return [outputs]
+    ends = list(itertools.accumulate(rows))
+    return [[output[start:end] for output in outputs] for start, end in itertools.pairwise([0, *ends])]

@@ -10,8 +10,13 @@ The sentence names what, got, wanted, and what to do. A test compares this drawi
     └── RequestError
         ├── BadRequest               400 bad_request
         │   ├── MalformedJson        400 malformed_json
+        │   ├── DuplicateKey         400 duplicate_key
+        │   ├── MalformedBinary      400 malformed_binary
+        │   ├── NeedsBinary          400 needs_binary
+        │   ├── MalformedCompression 400 malformed_compression
         │   ├── WrongType            400 wrong_type
         │   ├── OutOfRange           400 out_of_range
+        │   ├── NotUtf8              400 not_utf8
         │   ├── MissingFeature       400 missing_feature
         │   ├── UnknownFeature       400 unknown_feature
         │   ├── MissingTensor        400 missing_tensor
@@ -19,15 +24,20 @@ The sentence names what, got, wanted, and what to do. A test compares this drawi
         │   ├── DatatypeMismatch     400 datatype_mismatch
         │   ├── ShapeMismatch        400 shape_mismatch
         │   ├── RowsRejected         400 rows_rejected
+        │   ├── LoadRefused          400 load_refused
         │   ├── NotFinite            400 not_finite
         │   └── SeveralFaults        400 several_faults
+        ├── Forbidden                403 forbidden
         ├── NotFound                 404 not_found
         │   ├── UnknownModel         404 unknown_model
         │   └── UnknownVersion       404 unknown_version
         ├── MethodNotAllowed         405 method_not_allowed
         ├── BodyTooLarge             413 body_too_large
         ├── UnsupportedMediaType     415 unsupported_media_type
+        ├── UnsupportedEncoding      415 unsupported_encoding
+        ├── ClientLeft               499 client_left
         ├── NotReady                 503 not_ready
+        ├── DeadlineExceeded         504 deadline_exceeded
         └── Internal                 500 internal
 """
 
@@ -85,6 +95,45 @@ class MalformedJson(BadRequest):
         super().__init__(f"the body is not valid JSON: {reason}")
 
 
+class DuplicateKey(BadRequest):
+    """An object in the JSON has a key twice, and nobody can say which value is meant."""
+
+    code = "duplicate_key"
+
+    def __init__(self, *, key: str) -> None:
+        super().__init__(f"the body has the key '{clipped(key)}' twice in one object; send it once")
+
+
+class MalformedBinary(BadRequest):
+    """The binary tensors do not fill the body as its header and its JSON say."""
+
+    code = "malformed_binary"
+
+
+class NeedsBinary(BadRequest):
+    """A tensor that JSON cannot hold, such as one of 16-bit floats."""
+
+    code = "needs_binary"
+
+    def __init__(self, *, tensor: str, datatype: str, kind: str) -> None:
+        how = (
+            "send its bytes after the JSON, with 'binary_data_size' in its parameters and the header "
+            "Inference-Header-Content-Length"
+            if kind == "input"
+            else "ask for it with the parameter 'binary_data': true"
+        )
+        super().__init__(f"{kind} '{tensor}' is {datatype}, which has no JSON form; {how}")
+
+
+class MalformedCompression(BadRequest):
+    """The body is not what its Content-Encoding says."""
+
+    code = "malformed_compression"
+
+    def __init__(self, *, encoding: str) -> None:
+        super().__init__(f"the body is not whole, valid {encoding}, as its Content-Encoding says")
+
+
 class WrongType(BadRequest):
     """A value has another JSON type than the model takes there."""
 
@@ -101,6 +150,15 @@ class OutOfRange(BadRequest):
 
     def __init__(self, *, what: str, got: object, want: str) -> None:
         super().__init__(f"{what} is {got}, which is out of range; it takes {want}")
+
+
+class NotUtf8(BadRequest):
+    """An element of a BYTES tensor is not text; string tensors of ONNX hold UTF-8."""
+
+    code = "not_utf8"
+
+    def __init__(self, *, tensor: str, position: int) -> None:
+        super().__init__(f"an element of input '{tensor}' is not UTF-8 from its byte {position} on")
 
 
 class MissingFeature(BadRequest):
@@ -189,6 +247,25 @@ class SeveralFaults(BadRequest):
         super().__init__(f"the sample does not fit in {len(faults)} places: {shown}{more}")
 
 
+class LoadRefused(BadRequest):
+    """The version that was to be loaded did not pass admission; what was served before goes on."""
+
+    code = "load_refused"
+
+    def __init__(self, *, model: str, version: str, reason: str) -> None:
+        super().__init__(f"version {version} of model '{model}' was {reason}")
+
+
+class Forbidden(RequestError):
+    """Loading and unloading is for the machine itself: the service listens on other addresses too."""
+
+    status = 403
+    code = "forbidden"
+
+    def __init__(self) -> None:
+        super().__init__("models are loaded and unloaded only where the service listens on loopback alone (--host)")
+
+
 class NotFound(RequestError):
     """There is no such route."""
 
@@ -240,8 +317,27 @@ class UnsupportedMediaType(RequestError):
     code = "unsupported_media_type"
 
     def __init__(self, got: str) -> None:
-        shown = f"'{clipped(got)}'" if got else "missing"
-        super().__init__(f"the content type is {shown}; this route takes 'application/json'")
+        super().__init__(f"the content type is '{clipped(got)}'; this route takes 'application/json'")
+
+
+class UnsupportedEncoding(RequestError):
+    """The body is compressed in a way that is not understood here."""
+
+    status = 415
+    code = "unsupported_encoding"
+
+    def __init__(self, got: str) -> None:
+        super().__init__(f"the content encoding is '{clipped(got)}'; this route takes gzip, deflate or none")
+
+
+class ClientLeft(RequestError):
+    """The caller hung up before its answer was computed; nobody reads this, it is for statistics and logs."""
+
+    status = 499  # not registered; nginx's name for it
+    code = "client_left"
+
+    def __init__(self) -> None:
+        super().__init__("the client left before its answer was computed")
 
 
 class NotReady(RequestError):
@@ -249,6 +345,16 @@ class NotReady(RequestError):
 
     status = 503
     code = "not_ready"
+
+
+class DeadlineExceeded(RequestError):
+    """The time that the caller gave was over before the model could run; nothing was computed."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+    def __init__(self) -> None:
+        super().__init__("the request's 'timeout' passed while it waited, so it was not computed; send it again later")
 
 
 class Internal(RequestError):

@@ -11,9 +11,19 @@ from typing import Any
 import numpy as np
 import orjson
 
-from service.errors import BadRequest, BodyTooLarge, Internal, NotFound, NotReady, RequestError, UnsupportedMediaType
+from service.errors import (
+    BadRequest,
+    BodyTooLarge,
+    DeadlineExceeded,
+    Forbidden,
+    Internal,
+    NotFound,
+    NotReady,
+    RequestError,
+    UnsupportedMediaType,
+)
 from service.numerics import made_up_rows
-from service.protocol import Parse, predict, v2
+from service.protocol import Body, Parse, predict, v2
 from service.repository import Live
 from service.signature import CategoricalFeature, ClassTarget, ContinuousFeature, Feature, TensorSpec
 
@@ -29,7 +39,7 @@ ERROR_SCHEMA: Schema = {
     },
 }
 _ERRORS: tuple[type[RequestError], ...] = (
-    BadRequest, NotFound, BodyTooLarge, UnsupportedMediaType, Internal, NotReady,
+    BadRequest, Forbidden, NotFound, BodyTooLarge, UnsupportedMediaType, Internal, NotReady, DeadlineExceeded,
 )  # fmt: skip
 ERROR_RESPONSES: Schema = {
     str(error.status): {
@@ -94,8 +104,8 @@ def _operation(
     live: Live, parse: Parse, example: Schema, *, operation_id: str, tag: str, summary: str, schemas: tuple[str, str]
 ) -> Schema:
     """An operation whose examples are a request and the answer that this model really gives to it."""
-    request = parse(live, orjson.dumps(example))
-    answer = orjson.loads(request.render(live.admitted.runtime.run(request.accepted.tensors)))
+    request = parse(live, Body(orjson.dumps(example)))
+    answer = orjson.loads(request.render(live.admitted.runtime.run(request.accepted.tensors)).content)
     asks, answers = ({"$ref": f"#/components/schemas/{name}"} for name in schemas)
     return {
         "operationId": operation_id,

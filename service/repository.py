@@ -1,11 +1,13 @@
 """Which models and versions are live.
 
-Rule 1: what is live was admitted; a refused version is in the index with its reason and is never served.
+Rule 1: what is live was admitted and rehearsed; a refused version is in the index with its reason, never served.
 Rule 2: one version of a model is live: the newest that was admitted.
+Rule 3: whoever holds a `Live` may finish with it, also after it was replaced or unloaded.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Literal, final
 from service import bundle as bundles
 from service.admission import Admitted, admit
 from service.bundle import MODEL_FILE, NAME_PATTERN, Bundle
-from service.coalescing import INLINE_RUN_S, Coalescer
+from service.coalescing import Coalescer
 from service.errors import (
     AdmissionRefused,
     NotFound,
@@ -26,9 +28,11 @@ from service.errors import (
     first_line,
     listing,
 )
+from service.rehearsal import Batching, rehearse
 from service.runtime import Placement
 from service.settings import Settings
 from service.signature import SampleReader
+from service.statistics import Statistics
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +59,9 @@ class Live:
     name: str
     version: str
     admitted: Admitted
+    batching: Batching
     coalescer: Coalescer
+    statistics: Statistics
     reader: SampleReader | None
     """None when the model takes tensors only."""
 
@@ -107,9 +113,53 @@ def _folders(path: Path) -> list[Path]:
 class Repository:
     """The models that are served, by name."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries = tuple(entries)
-        self._live = {entry.name: entry.live for entry in entries if entry.live is not None}
+    def __init__(self, entries: Sequence[Entry], *, path: Path, placement: Placement, settings: Settings) -> None:
+        self._path = path
+        self._placement = placement
+        self._settings = settings
+        self._entries: dict[str, tuple[Entry, ...]] = {}
+        self._live: dict[str, Live] = {}
+        for name, of_one in itertools.groupby(sorted(entries, key=lambda entry: entry.name), lambda entry: entry.name):
+            self.swap(name, tuple(of_one))
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Every version that was looked at, models in order of their names."""
+        return tuple(entry for name in sorted(self._entries) for entry in self._entries[name])
+
+    def admit(self, name: str) -> tuple[Entry, ...]:
+        """Look at a model's folder again and admit its newest version; nothing that is served changes.
+
+        May take long, so it is called in a thread.
+
+        Raises:
+            UnknownModel: nothing of that name is there.
+        """
+        found = [version for version in find(self._path) if version.name == name]
+        if not found:
+            raise UnknownModel(model=name, models=sorted({version.name for version in find(self._path)}))
+        return tuple(_newest(found, self._placement, self._settings, lambda _: None))
+
+    def swap(self, name: str, entries: tuple[Entry, ...]) -> None:
+        """From now on a model is what was found of it; where nothing of that was admitted, it goes on as it was."""
+        live = next((entry.live for entry in entries if entry.live is not None), None)
+        if live is not None:
+            self._live[name] = live
+        elif name in self._live:
+            entries = (*entries, *(entry for entry in self._entries[name] if entry.live is self._live[name]))
+        self._entries[name] = entries
+
+    def unload(self, name: str) -> None:
+        """Stop serving a model; who is being answered gets the answer.
+
+        Raises:
+            UnknownModel, NotReady: it is not served.
+        """
+        live = self.live(name)
+        del self._live[name]
+        self._entries[name] = (
+            Entry(name=name, version=live.version, state="UNAVAILABLE", reason="unloaded by request"),
+        )
 
     def live(self, name: str, version: str | None = None) -> Live:
         """
@@ -119,8 +169,7 @@ class Repository:
         """
         live = self._live.get(name)
         if live is None:
-            refused = [entry for entry in self.entries if entry.name == name]
-            if refused:
+            if refused := self._entries.get(name):
                 raise NotReady(f"model '{name}' is not ready: version {refused[0].version} was {refused[0].reason}")
             raise UnknownModel(model=name, models=sorted(self._live))
         if version is not None and version != live.version:
@@ -150,13 +199,26 @@ class Repository:
 
 
 def load(
-    found: Sequence[Found], placement: Placement, settings: Settings, tell: Callable[[Entry], None] = lambda _: None
+    path: Path, placement: Placement, settings: Settings, tell: Callable[[Entry], None] = lambda _: None
 ) -> Repository:
-    """Admit the newest version of each model, or the newest that can be admitted.
+    """Admit the newest version of each model under `path`, or the newest that can be admitted.
+
+    Args:
+        tell: is called with each version as soon as it is decided.
+
+    Raises:
+        WrongCall: there is nothing that could be a model.
+    """
+    return Repository(_newest(find(path), placement, settings, tell), path=path, placement=placement, settings=settings)
+
+
+def _newest(
+    found: Sequence[Found], placement: Placement, settings: Settings, tell: Callable[[Entry], None]
+) -> list[Entry]:
+    """The newest version of each model that can be admitted, and those that were refused before it.
 
     Args:
         found: in any order of models, versions oldest first.
-        tell: is called with each version as soon as it is decided.
     """
     entries: list[Entry] = []
     done: set[str] = set()
@@ -168,19 +230,32 @@ def load(
         entries.append(entry)
         if entry.live is not None:
             done.add(version.name)
-    return Repository(sorted(entries, key=lambda entry: entry.name))
+    return entries
 
 
 def _load(found: Found, placement: Placement, settings: Settings) -> Entry:
     try:
         admitted = admit(found.read(), placement, threads=settings.threads, max_batch_rows=settings.max_batch_rows)
+        batching = rehearse(admitted, settings.numerics)
     except AdmissionRefused as refusal:
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=str(refusal))
     except Exception as error:  # a file that nobody foresaw must not keep the other models from being served
         _log.exception("admission of %s/%s broke", found.name, found.version)
         reason = f"not admitted: admission broke on it ({first_line(error)}); the log has the traceback"
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
-    coalescer = Coalescer(admitted.runtime, max_rows=admitted.max_batch_rows, inline=admitted.run_s < INLINE_RUN_S)
-    reader = SampleReader(admitted.signature) if admitted.signature.features is not None else None
-    live = Live(name=found.name, version=found.version, admitted=admitted, coalescer=coalescer, reader=reader)
+    statistics = Statistics()
+    live = Live(
+        name=found.name,
+        version=found.version,
+        admitted=admitted,
+        batching=batching,
+        coalescer=Coalescer(
+            admitted.runtime,
+            max_rows=batching.max_rows,
+            inline_rows=batching.inline_rows,
+            statistics=statistics,
+        ),
+        statistics=statistics,
+        reader=SampleReader(admitted.signature) if admitted.signature.features is not None else None,
+    )
     return Entry(name=found.name, version=found.version, state="READY", live=live)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from service.errors import AdmissionRefused, DeviceUnavailable, RowsRejected, WrongCall, first_line
+from service.numerics import made_up_rows
 from service.settings import Device
 from service.signature import Datatype, TensorSpec
 
@@ -43,10 +45,8 @@ _OPTIMISATIONS: dict[Optimisation, Any] = {
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 
-_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
-    # on by default: it rounds float32 to 11 bits inside matrix products, which the golden samples would not pass
-    CUDA_PROVIDER: {"use_tf32": "0"},
-}
+SHORT_RUN_S = 0.001
+"""A row that takes less runs on one thread: handing parts of it to others costs as much as they save."""
 
 _DATATYPES: dict[str, Datatype] = {
     "tensor(bool)": "BOOL",
@@ -79,6 +79,11 @@ class Runtime(Protocol):
         """The execution provider that really runs the model."""
         ...
 
+    @property
+    def threads(self) -> int:
+        """Threads inside one run."""
+        ...
+
     def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """One array per output, in order.
 
@@ -91,30 +96,46 @@ class Runtime(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where models run, and why there."""
 
     provider: str
     why: str
+    gpu_memory_limit_bytes: int = 0
+    """For each model; 0 is no limit."""
+
+    @property
+    def provider_options(self) -> dict[str, str]:
+        if self.provider != CUDA_PROVIDER:
+            return {}
+        options = {
+            # on by default: it rounds float32 to 11 bits in matrix products, which golden samples would not pass
+            "use_tf32": "0",
+            # the arena takes what is needed and not the next power of two, so that a limit can be used to its end
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+        if self.gpu_memory_limit_bytes:
+            options["gpu_mem_limit"] = str(self.gpu_memory_limit_bytes)
+        return options
 
 
-def place(device: Device) -> Placement:
+def place(device: Device, *, gpu_memory_limit_bytes: int = 0) -> Placement:
     """Decide where models run.
 
     Raises:
         DeviceUnavailable: `cuda` was asked for and cannot be had; the sentence says what is missing.
     """
     if device == "cpu":
-        return Placement(provider=CPU_PROVIDER, why="asked for by --device cpu")
+        return Placement(CPU_PROVIDER, "asked for by --device cpu")
     missing = _missing_for_cuda()
     if device == "cuda":
         if missing:
             raise DeviceUnavailable(f"--device cuda: {missing}")
-        return Placement(provider=CUDA_PROVIDER, why="asked for by --device cuda")
+        return Placement(CUDA_PROVIDER, "asked for by --device cuda", gpu_memory_limit_bytes)
     if missing:
-        return Placement(provider=CPU_PROVIDER, why=f"no usable GPU: {missing}")
-    return Placement(provider=CUDA_PROVIDER, why="a usable GPU was found")
+        return Placement(CPU_PROVIDER, f"no usable GPU: {missing}")
+    return Placement(CUDA_PROVIDER, "a usable GPU was found", gpu_memory_limit_bytes)
 
 
 def _missing_for_cuda() -> str | None:
@@ -144,18 +165,13 @@ class OnnxRuntime:
 
         Args:
             model: a serialised ModelProto with its weights inside.
-            threads: for one run; 0 is what this process may use.
+            threads: for one run; 0 is one for a model whose run is short, else what this process may use.
 
         Raises:
             AdmissionRefused: onnxruntime cannot load it, runs it elsewhere, or its inputs or outputs are not tensors.
         """
-        options = _session_options(threads or usable_cpus())
-        options.graph_optimization_level = _OPTIMISATIONS[optimisation]
-        provider = (placement.provider, _PROVIDER_OPTIONS.get(placement.provider, {}))
-        try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=[provider])
-        except Exception as error:  # onnxruntime raises a class of its own for each status
-            raise AdmissionRefused("structure", f"onnxruntime cannot load it: {first_line(error)}") from error
+        self._threads = threads or 1
+        self._session = _session(model, placement, self._threads, optimisation)
         self._provider: str = self._session.get_providers()[0]
         if self._provider != placement.provider:
             raise AdmissionRefused(
@@ -165,6 +181,13 @@ class OnnxRuntime:
         self._outputs = tuple(_spec(value, "output") for value in self._session.get_outputs())
         self._input_names = [spec.name for spec in self._inputs]
         self._output_names = [spec.name for spec in self._outputs]
+        if not threads and usable_cpus() > 1 and not self._is_short():
+            self._threads = usable_cpus()
+            self._session = _session(model, placement, self._threads, optimisation)
+        # with outputs bound to the CPU, a result comes from the GPU in one copy
+        self._bound = self._provider == CUDA_PROVIDER and not any(
+            spec.datatype == "BYTES" for spec in (*self._inputs, *self._outputs)
+        )
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -178,13 +201,55 @@ class OnnxRuntime:
     def provider(self) -> str:
         return self._provider
 
+    @property
+    def threads(self) -> int:
+        return self._threads
+
     def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        feeds = dict(zip(self._input_names, tensors, strict=True))
         try:
-            outputs: list[NDArray[Any]] = self._session.run(self._output_names, feeds)
+            if self._bound:
+                return self._run_bound(tensors)
+            outputs: list[NDArray[Any]] = self._session.run(
+                self._output_names, dict(zip(self._input_names, tensors, strict=True))
+            )
         except InvalidArgument as error:
             raise RowsRejected(first_line(error)) from error
         return outputs
+
+    def _run_bound(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        binding = self._session.io_binding()
+        for name, array in zip(self._input_names, tensors, strict=True):
+            binding.bind_cpu_input(name, array)
+        for name in self._output_names:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        outputs: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+        return outputs
+
+    def _is_short(self) -> bool:
+        """Whether one row takes less than `SHORT_RUN_S`, on one thread."""
+        row = made_up_rows(self._inputs, count=1)
+        feeds = dict(zip(self._input_names, row, strict=True))
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            try:
+                self._session.run(self._output_names, feeds)
+            except Exception:  # made-up values that the graph cannot take tell nothing
+                return False
+            seconds.append(time.perf_counter() - start)
+        return min(seconds) < SHORT_RUN_S
+
+
+def _session(model: bytes, placement: Placement, threads: int, optimisation: Optimisation) -> Any:
+    options = _session_options(threads)
+    options.graph_optimization_level = _OPTIMISATIONS[optimisation]
+    try:
+        return onnxruntime.InferenceSession(
+            model, options, providers=[(placement.provider, placement.provider_options)]
+        )
+    except Exception as error:  # onnxruntime raises a class of its own for each status
+        raise AdmissionRefused("structure", f"onnxruntime cannot load it: {first_line(error)}") from error
 
 
 def usable_cpus() -> int:

@@ -15,6 +15,7 @@ import orjson
 import uvicorn
 
 from service.app import create_app
+from service.connection import Connection
 from service.errors import Refused
 from service.openapi import infer_example
 from service.repository import Entry, Repository, find, load
@@ -32,18 +33,19 @@ def serve(path: Path, settings: Settings) -> None:
         Refused: the port is taken, the device cannot be had, or no model was admitted.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    found = find(path)
+    find(path)  # a wrong path is said before anything is begun
     with _listening(settings.host, settings.port) as listening:
-        placement = place(settings.device)
+        placement = place(settings.device, gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes)
         _say(f"models run on {placement.provider} ({placement.why})")
-        repository = load(found, placement, settings, tell=_tell)
+        repository = load(path, placement, settings, tell=_tell)
         if not repository.ready:
             raise Refused(f"no model under '{path}' was admitted, so there is nothing to serve")
         config = uvicorn.Config(
             create_app(repository, settings),
             lifespan="on",
             loop="auto",
-            http="auto",
+            http=Connection,
+            proxy_headers=False,  # nothing here asks who the client is
             access_log=False,
             server_header=False,
             log_config=None,
@@ -97,13 +99,14 @@ def _tell(entry: Entry) -> None:
     if entry.live is None:
         _say(f"  {entry.name}/{entry.version}  REFUSED  {entry.reason}")
         return
-    admitted = entry.live.admitted
+    live = entry.live
+    admitted = live.admitted
     golden = "; ".join(
         f"{admitted.golden_rows} golden samples replayed, {figure.name} within {figure.difference:.2g} of PyTorch "
         f"({figure.bound:.2g} allowed)"
         for figure in admitted.golden
     )
-    bound = f" up to {admitted.independence.bound:.2g}" if admitted.independence.kind == "bounded" else ""
+    bound = f" up to {live.batching.independence.bound:.2g}" if live.batching.independence.kind == "bounded" else ""
     _say(f"  {entry.name}/{entry.version}  ready")
     folded = sum(1 for fold in admitted.folds if fold.into)
     _say(f"    structure     {len(admitted.batchnorms)} BatchNorm layers, all frozen, {folded} of them folded")
@@ -111,8 +114,8 @@ def _tell(entry: Entry) -> None:
         f"    digest        {'as the passport says' if admitted.bundle.passport else 'no passport: a plain ONNX file'}"
     )
     _say(f"    golden        {golden or 'no golden samples: equality with PyTorch is not known'}")
-    sizes = ", ".join(str(size) for size in admitted.independence.batch_sizes)
-    _say(f"    independence  {admitted.independence.kind}{bound}, in batches of {sizes}")
+    sizes = ", ".join(str(size) for size in live.batching.independence.batch_sizes)
+    _say(f"    independence  {live.batching.independence.kind}{bound}, in batches of {sizes}")
 
 
 def _announcement(repository: Repository, host: str, port: int) -> str:

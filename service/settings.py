@@ -5,6 +5,7 @@ A flag beats the environment, the environment beats the default.
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Device = Literal["auto", "cpu", "cuda"]
+Numerics = Literal["exact", "bounded"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -24,7 +26,23 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 is every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: Device = Field(default="auto", description="Where models run; 'auto' takes a usable GPU if there is one.")
-    threads: int = Field(default=0, ge=0, description="Threads inside one run; 0 is what this process may use.")
+    gpu_memory_limit_bytes: int = Field(default=0, ge=0, description="The most GPU memory of one model; 0 is no limit.")
+    workers: int = Field(default=1, ge=1, le=256, description="Processes that serve on the one port.")
+    threads: int = Field(
+        default=0, ge=0, description="Threads inside one run; 0 is one for a short run, else what a worker may use."
+    )
     max_batch_rows: int = Field(default=64, ge=1, le=65536, description="The most rows that run together.")
+    numerics: Numerics = Field(
+        default="exact",
+        description="'exact': rows share a batch where that changes no bit; 'bounded': or only rounds.",
+    )
     body_limit_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body that is read.")
     log_level: LogLevel = Field(default="info", description="The least that is logged.")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

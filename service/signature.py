@@ -12,9 +12,12 @@ categorical ones as `categorical: int64[batch, m]`, where category i of the list
 from __future__ import annotations
 
 import difflib
+import math
+import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self
+from functools import cached_property
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +41,8 @@ CONTINUOUS = "continuous"
 CATEGORICAL = "categorical"
 MISSING_INDEX = 0
 """The index of a categorical feature that is missing or whose category training never saw."""
+
+_NUMBERS = frozenset({int, float})  # a boolean is another type than either
 
 ECHO_LENGTH = 200
 """The most characters of an unknown category that go back to the caller."""
@@ -167,6 +172,16 @@ class Signature(_Value):
     def categorical(self) -> tuple[CategoricalFeature, ...]:
         return tuple(f for f in self.features or () if isinstance(f, CategoricalFeature))
 
+    @cached_property
+    def float_rows(self) -> tuple[tuple[str, list[int]], ...] | None:
+        """Each input's name and the shape of a row, if all are FP32 and of fixed shape but for the batch, and JSON can
+        hold every output; else None."""
+        if any(spec.datatype == "FP16" for spec in self.outputs):
+            return None
+        if any(spec.datatype != "FP32" or spec.shape[0] != -1 or -1 in spec.shape[1:] for spec in self.inputs):
+            return None
+        return tuple((spec.name, list(spec.shape[1:])) for spec in self.inputs)
+
     def example(self) -> dict[str, float | str | None]:
         """A sample that the model accepts, by feature names: a real row of the training table."""
         return {
@@ -175,13 +190,12 @@ class Signature(_Value):
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted:
+class Accepted(NamedTuple):
     """Rows that fit the model: one array per input of the graph, in the graph's order, all with `rows` rows."""
 
     tensors: tuple[NDArray[Any], ...]
     rows: int
-    served_as_missing: Mapping[str, str] = field(default_factory=dict)
+    served_as_missing: Mapping[str, str] = MappingProxyType({})
     """Categorical features whose value training never saw, with that value."""
 
 
@@ -193,10 +207,15 @@ class SampleReader:
             raise ValueError("this signature has no named features")
         self._features = signature.features
         self._names = frozenset(feature.name for feature in signature.features)
-        self._index = {
-            feature.name: {category: i for i, category in enumerate(feature.categories, start=MISSING_INDEX + 1)}
+        self._continuous = tuple(feature.name for feature in signature.continuous)
+        self._index: dict[str, dict[str | None, int]] = {
+            feature.name: {
+                None: MISSING_INDEX,
+                **{category: i for i, category in enumerate(feature.categories, start=MISSING_INDEX + 1)},
+            }
             for feature in signature.categorical
         }
+        self._floats = struct.Struct(f"={len(self._continuous)}f")  # "=" raises OverflowError
         self._tensor_order = tuple(tensor.name for tensor in signature.inputs)
 
     def accept(self, sample: object) -> Accepted:
@@ -210,6 +229,31 @@ class SampleReader:
             WrongType, OutOfRange, MissingFeature, UnknownFeature: the one thing that is wrong.
             SeveralFaults: all the things that are wrong.
         """
+        return self._complete(sample) or self._careful(sample)
+
+    def _complete(self, sample: object) -> Accepted | None:
+        """`accept` for the sample that nothing needs to be said about: every feature there, known and of its type."""
+        try:
+            continuous = [sample[name] for name in self._continuous]  # type: ignore[index]  # TypeError if it is no dict
+            categorical = [index[sample[name]] for name, index in self._index.items()]  # type: ignore[index]
+            whole = len(sample) == len(self._names) and _NUMBERS.issuperset(map(type, continuous))  # type: ignore[arg-type]
+            if not whole or not math.isfinite(sum(continuous)):
+                return None
+            packed = self._floats.pack(*continuous)
+        except (TypeError, KeyError, OverflowError):
+            return None
+        return self._accepted(np.frombuffer(packed, dtype=np.float32), np.array(categorical, dtype=np.int64), {})
+
+    def _accepted(
+        self, continuous: NDArray[np.float32], categorical: NDArray[np.int64], served_as_missing: dict[str, str]
+    ) -> Accepted:
+        tensors: dict[str, NDArray[Any]] = {CONTINUOUS: continuous[np.newaxis], CATEGORICAL: categorical[np.newaxis]}
+        return Accepted(
+            tensors=tuple(tensors[name] for name in self._tensor_order), rows=1, served_as_missing=served_as_missing
+        )
+
+    def _careful(self, sample: object) -> Accepted:
+        """`accept` for any sample, feature by feature."""
         if not isinstance(sample, dict):
             raise WrongType(what="the body", got=sample, want="one JSON object of named features")
         continuous: list[float] = []
@@ -237,12 +281,8 @@ class SampleReader:
             faults.extend(self._unknown(sample))
         if faults:
             raise faults[0] if len(faults) == 1 else SeveralFaults(faults)
-        tensors: dict[str, NDArray[Any]] = {
-            CONTINUOUS: np.array([continuous], dtype=np.float32),
-            CATEGORICAL: np.array([categorical], dtype=np.int64),
-        }
-        return Accepted(
-            tensors=tuple(tensors[name] for name in self._tensor_order), rows=1, served_as_missing=served_as_missing
+        return self._accepted(
+            np.array(continuous, dtype=np.float32), np.array(categorical, dtype=np.int64), served_as_missing
         )
 
     def _unknown(self, sample: dict[str, object]) -> list[RequestError]:
@@ -300,7 +340,7 @@ def accept_tensors(signature: Signature, tensors: Mapping[str, NDArray[Any]]) ->
         if spec.name not in tensors:
             raise MissingTensor(tensor=spec.name)
         array = tensors[spec.name]
-        if not _fits(array.shape, spec.shape):
+        if not fits(array.shape, spec.shape):
             raise ShapeMismatch(tensor=spec.name, got=f"shape {list(array.shape)}", want=str(list(spec.shape)))
         ordered.append(array)
     rows = ordered[0].shape[0] if ordered and ordered[0].ndim else 0
@@ -331,5 +371,6 @@ def _check_indices(features: Sequence[CategoricalFeature], indices: NDArray[Any]
             )
 
 
-def _fits(got: tuple[int, ...], want: tuple[int, ...]) -> bool:
+def fits(got: tuple[int, ...], want: tuple[int, ...]) -> bool:
+    """Whether a shape is the wanted one, where -1 is any length."""
     return len(got) == len(want) and all(w in (-1, g) for g, w in zip(got, want, strict=True))

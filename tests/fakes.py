@@ -23,10 +23,11 @@ class FakeRuntime:
     inputs = (TensorSpec(name="x", datatype="FP32", shape=(-1, 3)),)
     outputs = (TensorSpec(name="y", datatype="FP32", shape=(-1, 3)),)
     provider = "FakeExecutionProvider"
+    threads = 1
 
     def __init__(self, *, run_s: float = 0.0, chokes_on: float | None = None) -> None:
         self.batches: list[int] = []
-        self.threads: set[int] = set()
+        self.ran_on: set[int] = set()
         self.started = threading.Event()
         """Set when the first batch has begun."""
         self._run_s = run_s
@@ -36,7 +37,7 @@ class FakeRuntime:
         (x,) = tensors
         self.batches.append(x.shape[0])
         self.started.set()
-        self.threads.add(threading.get_ident())
+        self.ran_on.add(threading.get_ident())
         time.sleep(self._run_s)
         if self._chokes_on is not None and (x == self._chokes_on).any():
             raise RuntimeError(f"cannot compute {self._chokes_on}")

@@ -16,6 +16,7 @@ from service import errors
 from service.app import create_app
 from service.errors import RequestError
 from service.repository import Repository
+from service.runtime import place
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +49,8 @@ def test_the_table_of_settings() -> None:
 
 
 def test_every_route_is_in_the_readme() -> None:
-    app = create_app(Repository([]), Settings())._rest
+    empty = Repository([], path=Path(), placement=place("cpu"), settings=Settings())
+    app = create_app(empty, Settings())._rest
     routes = {route.path for route in app.routes if isinstance(route, APIRoute)}  # type: ignore[attr-defined]
     documented = {path for path in routes if "/versions/" not in path and path != "/"}
     assert len(documented) >= 7

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import orjson
 
-from service.errors import MalformedJson, RequestError
+from service.errors import DuplicateKey, MalformedJson, RequestError
+
+NULL_FOR_MISSING = "null stands for a missing value, in a feature that takes one"
+BINARY_FOR_NAN = "send the tensor in its binary form, with 'binary_data_size' in its parameters"
 
 
-def parsed(body: bytes) -> object:
+def parsed(body: bytes, *, for_nan: str) -> Any:
     """
+    Args:
+        for_nan: what a caller should do who wants to send NaN or Infinity.
+
     Raises:
         MalformedJson: the body is empty, is not UTF-8, or is not JSON as RFC 8259 has it, which knows no NaN.
     """
@@ -19,8 +28,47 @@ def parsed(body: bytes) -> object:
     except orjson.JSONDecodeError as error:
         reason = f"{error.msg} at line {error.lineno} column {error.colno}"
         if any(word in body for word in (b"NaN", b"Infinity")):
-            reason += "; JSON has no NaN or Infinity; null stands for a missing value, in a feature that takes one"
+            reason += f"; JSON has no NaN or Infinity; {for_nan}"
         raise MalformedJson(reason) from error
+
+
+def check_keys(body: bytes, value: object) -> None:
+    """No object has a key twice; parsers differ in what that means.
+
+    A parser keeps one value of a key and forgets the other, so this counts: every colon of the text belongs to a key or
+    stands inside a string. If the keys and strings that are left account for all of them, none was forgotten. If they
+    do not (an escape, a string that was not looked at), the text is read once more, slowly.
+
+    Args:
+        value: what a parser made of `body`; data of tensors may be left out.
+
+    Raises:
+        DuplicateKey: there is one.
+    """
+    if b"\\" not in body and body.count(b":") == _colons(value):
+        return
+    try:
+        json.loads(body, object_pairs_hook=_no_key_twice)
+    except ValueError as error:  # Python's parser is stricter here and there: integers of more than 4,300 digits
+        raise MalformedJson(str(error)) from error
+
+
+def _colons(value: Any) -> int:
+    """How many colons the JSON of this value has, by its keys and its strings. Of lists only those of objects count."""
+    kind = type(value)
+    if kind is str:
+        return int(value.count(":"))
+    if kind is dict:
+        return sum(1 + int(key.count(":")) + _colons(item) for key, item in value.items())
+    return sum(map(_colons, value)) if kind is list and value and type(value[0]) is dict else 0
+
+
+def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        seen: set[str] = set()
+        raise DuplicateKey(key=next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return unique
 
 
 def error_body(error: RequestError) -> bytes:

@@ -12,20 +12,19 @@ output, written as 64-bit numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from numpy.typing import NDArray
 
 from service.errors import BadRequest, NotFinite
-from service.protocol.json import parsed
+from service.protocol import Answer, Body
+from service.protocol.json import NULL_FOR_MISSING, check_keys, parsed
 from service.repository import Live
 from service.signature import Accepted, ClassTarget
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PredictRequest:
+class PredictRequest(NamedTuple):
     """A sample that fits the model."""
 
     live: Live
@@ -57,12 +56,16 @@ class PredictRequest:
             said["served_as_missing"] = self.accepted.served_as_missing
         return said
 
-    def render(self, outputs: Sequence[NDArray[Any]]) -> bytes:
+    @property
+    def timeout_s(self) -> None:
+        """This wire has none: a caller waits as long as it takes."""
+
+    def render(self, outputs: Sequence[NDArray[Any]]) -> Answer:
         """The response body."""
-        return orjson.dumps(self.answer(outputs))
+        return Answer(orjson.dumps(self.answer(outputs)))
 
 
-def parse(live: Live, body: bytes) -> PredictRequest:
+def parse(live: Live, body: Body) -> PredictRequest:
     """
     Raises:
         BadRequest: the body is not JSON, does not fit, or the model has no named features.
@@ -71,7 +74,9 @@ def parse(live: Live, body: bytes) -> PredictRequest:
         raise BadRequest(
             f"model '{live.name}' takes tensors, not named features; call POST /v2/models/{live.name}/infer"
         )
-    return PredictRequest(live=live, accepted=live.reader.accept(parsed(body)))
+    sample = parsed(body.content, for_nan=NULL_FOR_MISSING)
+    check_keys(body.content, sample)
+    return PredictRequest(live, live.reader.accept(sample))
 
 
 _INFINITY = float("inf")

@@ -1,22 +1,23 @@
-"""The Open Inference Protocol, version 2, over REST with JSON bodies.
+"""Inference requests and answers of the Open Inference Protocol, version 2, over REST, in JSON and in binary.
 
-Source: kserve/open-inference-protocol, `specification/protocol/inference_rest.md`.
+Sources: kserve/open-inference-protocol, `specification/protocol/inference_rest.md`; for binary tensors
+triton-inference-server, `docs/protocol/extension_binary_data.md`.
 
     {"id": "42", "inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1, 2, 3]}]}
     {"model_name": "m", "model_version": "1", "id": "42",
      "outputs": [{"name": "y", "shape": [1, 2], "datatype": "FP32", "data": [0.1, 0.9]}]}
 
-Data may be flat or nested. The wire is strict: an integer out of range is refused and never wrapped, a boolean is not a
-number, a string is not a number. `id` is echoed only if it was given. Not finite outputs are null.
+Rule 1: data may be flat or nested. One sample may come without its batch axis, and its answer goes without it too.
+Rule 2: binary tensors follow the JSON in the order in which they stand in it, without padding; none may be left over.
+Rule 3: `id` is echoed only if it was given. Outputs that are not finite are null in JSON, and themselves in binary.
+Rule 4: what a request says and this server cannot do is refused, never ignored; parameters of others' are passed over.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -25,32 +26,58 @@ from numpy.typing import NDArray
 from service.errors import (
     BadRequest,
     DatatypeMismatch,
-    OutOfRange,
+    MalformedBinary,
+    NeedsBinary,
     ShapeMismatch,
     UnknownTensor,
     WrongType,
-    clipped,
 )
-from service.protocol.json import parsed
+from service.protocol import Answer, Body
+from service.protocol.elements import (
+    check_count,
+    from_bytes,
+    from_floats,
+    from_json,
+    from_numbers,
+    text_of,
+    to_bytes,
+    to_json,
+)
+from service.protocol.json import BINARY_FOR_NAN, check_keys, parsed
+from service.protocol.large_json import LARGE_BYTES, parsed_large
 from service.repository import Live
-from service.signature import Accepted, Signature, TensorSpec, accept_tensors
+from service.signature import Accepted, Signature, TensorSpec, accept_tensors, fits
 
-PLATFORM = "onnx_onnxv1"
-EXTENSIONS = ("model_repository",)
 MAX_ELEMENTS = 2**31
+MAX_AXES = 32
+
+BINARY_SIZE = "binary_data_size"
+BINARY_OUTPUT = "binary_data"
+BINARY_OUTPUTS = "binary_data_output"
+TIMEOUT_US = "timeout"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferRequest:
+class Wanted(NamedTuple):
+    """An output that was asked for."""
+
+    position: int
+    """Among the model's outputs."""
+    binary: bool
+
+
+class InferRequest(NamedTuple):
     """An inference request that fits the model."""
 
     live: Live
     accepted: Accepted
-    outputs: tuple[int, ...]
-    """Positions of the outputs asked for, in the order asked."""
-    id: str | None
+    outputs: tuple[Wanted, ...] | None
+    """In the order asked; None: all, in JSON."""
+    batched: bool
+    """The request has a batch axis, so its answer has one."""
+    id: str | None = None
+    timeout_s: float | None = None
 
-    def render(self, outputs: Sequence[NDArray[Any]]) -> bytes:
+    def render(self, outputs: Sequence[NDArray[Any]]) -> Answer:
         """The response body.
 
         Args:
@@ -60,179 +87,285 @@ class InferRequest:
         if self.id is not None:
             said["id"] = self.id
         specs = self.live.admitted.signature.outputs
-        said["outputs"] = [_rendered(specs[i], outputs[i]) for i in self.outputs]
-        return orjson.dumps(said, option=orjson.OPT_SERIALIZE_NUMPY)
+        tensors: list[dict[str, object]] = []
+        blobs: list[bytes] = []
+        for wanted in _all_outputs(self.live.admitted.signature) if self.outputs is None else self.outputs:
+            spec = specs[wanted.position]
+            array = outputs[wanted.position] if self.batched else outputs[wanted.position][0]
+            tensor: dict[str, object] = {"name": spec.name, "shape": array.shape, "datatype": spec.datatype}
+            if wanted.binary:
+                blobs.append(to_bytes(array))
+                tensor["parameters"] = {BINARY_SIZE: len(blobs[-1])}
+            else:
+                tensor["data"] = to_json(array)
+            tensors.append(tensor)
+        said["outputs"] = tensors
+        head = orjson.dumps(said, option=orjson.OPT_SERIALIZE_NUMPY)
+        if not blobs:
+            return Answer(head)
+        return Answer(b"".join((head, *blobs)), json_bytes=len(head))
 
 
-def _rendered(spec: TensorSpec, array: NDArray[Any]) -> dict[str, object]:
-    flat = array.reshape(-1)
-    data = flat.tolist() if array.dtype.kind == "O" else np.ascontiguousarray(flat)
-    return {"name": spec.name, "shape": list(array.shape), "datatype": spec.datatype, "data": data}
-
-
-def parse(live: Live, body: bytes) -> InferRequest:
+def parse(live: Live, body: Body) -> InferRequest:
     """
     Raises:
-        BadRequest: the body is not JSON, not an inference request, or does not fit the model.
+        BadRequest: the body is malformed, is not an inference request, or does not fit the model.
     """
-    request = parsed(body)
-    if not isinstance(request, dict):
+    if body.json_bytes == 0:
+        return _raw_request(live, body.content)
+    text, blobs = body.content, _NO_BLOBS
+    if body.json_bytes is not None:
+        text, blobs = text[: body.json_bytes], memoryview(text)[body.json_bytes :]
+    if len(text) >= LARGE_BYTES:
+        kinds = {spec.name: spec.dtype.kind for spec in live.admitted.signature.inputs if spec.datatype != "FP16"}
+        if (large := parsed_large(text, kinds)) is not None:
+            return _careful(live, large, _Blobs(blobs))
+    request = parsed(text, for_nan=BINARY_FOR_NAN)
+    if not blobs and (plain := _plain(live, text, request)) is not None:
+        return plain
+    check_keys(text, request)
+    return _careful(live, request, _Blobs(blobs))
+
+
+def _plain(live: Live, text: bytes, request: Any) -> InferRequest | None:
+    """What most callers send, read in one go: every input once, in order, as flat floats that fit, and nothing else.
+
+    Returns:
+        None for any other request. It may be as good, or have a fault that somebody must find the words for.
+    """
+    rows_of = live.admitted.signature.float_rows
+    try:
+        inputs = request["inputs"]
+        identifier = request.get("id")
+        # each colon belongs to a key that is looked at here, so there is no other, and none of them twice
+        if text.count(b":") != len(request) + 4 * len(inputs) or b"\\" in text or rows_of is None:
+            return None
+        if len(request) > 1 and (len(request) > 2 or type(identifier) is not str):
+            return None
+        tensors: list[NDArray[Any]] = []
+        rows = inputs[0]["shape"][0]
+        for (name, row), tensor in zip(rows_of, inputs, strict=True):
+            data, shape = tensor["data"], tensor["shape"]
+            if (
+                tensor["name"] != name
+                or tensor["datatype"] != "FP32"
+                or shape != [rows, *row]
+                or rows < 1
+                or not _INTEGERS.issuperset(map(type, shape))
+                or not _NUMBERS.issuperset(map(type, data))
+                or len(data) != math.prod(shape)
+            ):
+                return None
+            tensors.append(from_floats(data).reshape(shape))
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError):
+        return None
+    return InferRequest(live, Accepted(tuple(tensors), rows), None, True, identifier)
+
+
+def _careful(live: Live, request: Any, blobs: _Blobs) -> InferRequest:
+    """Any request that fits; or what is wrong with it, in words."""
+    if type(request) is not dict:
         raise WrongType(what="the body", got=request, want="one JSON object with 'inputs'")
-    signature = live.admitted.signature
     identifier = request.get("id")
-    if identifier is not None and not isinstance(identifier, str):
+    if identifier is not None and type(identifier) is not str:
         raise WrongType(what="'id'", got=identifier, want="a string")
+    signature = live.admitted.signature
+    parameters = _parameters(request, "the request")
+    accepted, batched = _accepted(signature, _tensors(signature, request.get("inputs"), blobs))
     return InferRequest(
         live=live,
-        accepted=accept_tensors(signature, _tensors(signature, request.get("inputs"))),
-        outputs=_requested(signature, request.get("outputs")),
+        accepted=accepted,
+        outputs=_requested(signature, request.get("outputs"), _flag(parameters, BINARY_OUTPUTS, "the request")),
+        batched=batched,
         id=identifier,
+        timeout_s=_timeout_s(parameters),
     )
 
 
-def metadata(live: Live) -> dict[str, object]:
-    """The answer of `GET /v2/models/{m}`, and under `evalmode` what only this server knows."""
-    admitted = live.admitted
-    passport = admitted.bundle.passport
-    return {
-        "name": live.name,
-        "versions": [live.version],
-        "platform": PLATFORM,
-        "inputs": [spec.model_dump() for spec in admitted.signature.inputs],
-        "outputs": [spec.model_dump() for spec in admitted.signature.outputs],
-        "evalmode": {
-            "provider": admitted.runtime.provider,
-            "batchnorm_layers": len(admitted.batchnorms),
-            "folded": {found.layer: found.into for found in admitted.folds if found.into},
-            "kept": {found.layer: found.kept_because for found in admitted.folds if not found.into},
-            "golden": {
-                "rows": admitted.golden_rows,
-                "differences": {figure.name: figure.difference for figure in admitted.golden},
-                "tolerances": {figure.name: figure.bound for figure in admitted.golden},
-            }
-            if admitted.golden
-            else None,
-            "independence": admitted.independence.model_dump(),
-            "max_batch_rows": admitted.max_batch_rows,
-            "run_ms": round(admitted.run_s * 1e3, 4),
-            "features": [feature.model_dump() for feature in admitted.signature.features]
-            if admitted.signature.features is not None
-            else None,
-            "target": admitted.signature.target.model_dump() if admitted.signature.target else None,
-            "card": passport.card if passport else None,
-        },
-    }
+class _Blobs:
+    """The bytes behind the JSON, handed out in order."""
+
+    def __init__(self, content: memoryview) -> None:
+        self._content = content
+        self._taken = 0
+
+    def take(self, name: str, size: object) -> memoryview:
+        if type(size) is not int or size < 0:
+            raise WrongType(what=f"'{BINARY_SIZE}' of input '{name}'", got=size, want="a number of bytes")
+        left = len(self._content) - self._taken
+        if size > left:
+            raise MalformedBinary(f"input '{name}' declares {size} bytes, but {left} are left of the body")
+        self._taken += size
+        return self._content[self._taken - size : self._taken]
+
+    def check_empty(self) -> None:
+        if left := len(self._content) - self._taken:
+            raise MalformedBinary(
+                f"{left} bytes are left over after the tensors; each binary tensor needs '{BINARY_SIZE}' in its "
+                "parameters, and the header Inference-Header-Content-Length is the length of the JSON alone"
+            )
 
 
-def _tensors(signature: Signature, inputs: object) -> dict[str, NDArray[Any]]:
+def _tensors(signature: Signature, inputs: object, blobs: _Blobs) -> dict[str, NDArray[Any]]:
     specs = {spec.name: spec for spec in signature.inputs}
-    if not isinstance(inputs, list):
+    if type(inputs) is not list:
         raise WrongType(what="'inputs'", got=inputs, want="a list of tensors")
     tensors: dict[str, NDArray[Any]] = {}
     for position, tensor in enumerate(inputs):
-        if not isinstance(tensor, dict):
+        if type(tensor) is not dict:
             raise WrongType(what=f"'inputs[{position}]'", got=tensor, want="an object with name, shape, datatype, data")
         name = tensor.get("name")
-        if not isinstance(name, str):
+        if type(name) is not str:
             raise WrongType(what=f"the name of 'inputs[{position}]'", got=name, want="a string")
         if name not in specs:
             raise UnknownTensor(kind="input", tensor=name, tensors=specs)
         if name in tensors:
             raise BadRequest(f"input '{name}' is given twice; send it once")
-        tensors[name] = _tensor(specs[name], tensor)
+        tensors[name] = _tensor(specs[name], tensor, blobs)
+    blobs.check_empty()
     return tensors
 
 
-def _tensor(spec: TensorSpec, tensor: Mapping[str, object]) -> NDArray[Any]:
+def _tensor(spec: TensorSpec, tensor: Mapping[str, Any], blobs: _Blobs) -> NDArray[Any]:
     if tensor.get("datatype") != spec.datatype:
         raise DatatypeMismatch(tensor=spec.name, got=tensor.get("datatype"), want=spec.datatype)
-    if spec.datatype == "FP16":
-        raise BadRequest(f"input '{spec.name}' is FP16, which has no JSON form in this protocol; export it in float32")
     shape = tensor.get("shape")
-    if not isinstance(shape, list) or not all(type(axis) is int and axis >= 0 for axis in shape):
+    if type(shape) is not list or not all(type(axis) is int and axis >= 0 for axis in shape):
         raise WrongType(what=f"the shape of input '{spec.name}'", got=shape, want="a list of non-negative integers")
-    count = math.prod(shape)
-    if count > MAX_ELEMENTS or len(shape) > 32:
-        raise ShapeMismatch(tensor=spec.name, got=f"{len(shape)} axes and {count} elements", want=str(list(spec.shape)))
-    data = tensor.get("data")
-    if not isinstance(data, list):
-        raise WrongType(what=f"the data of input '{spec.name}'", got=data, want="a list of values")
-    flat = _flat(spec.name, data, shape)
-    if len(flat) != count:
+    if len(shape) > MAX_AXES or math.prod(shape) > MAX_ELEMENTS:
         raise ShapeMismatch(
-            tensor=spec.name, got=f"{len(flat)} values for shape {shape}", want=f"{count} for that shape"
+            tensor=spec.name, got=f"{len(shape)} axes and {math.prod(shape)} elements", want=str(list(spec.shape))
         )
-    return _array(spec, flat).reshape(shape)
+    size = _parameters(tensor, f"input '{spec.name}'").get(BINARY_SIZE)
+    data = tensor.get("data")
+    if size is not None:
+        if data is not None:
+            raise BadRequest(f"input '{spec.name}' has both 'data' and '{BINARY_SIZE}'; send one of them")
+        return from_bytes(spec, blobs.take(spec.name, size), shape)
+    if type(data) is list:
+        return from_json(spec, data, shape)
+    if type(data) is np.ndarray:
+        check_count(spec, data.size, shape)
+        return from_numbers(spec, data, shape)
+    raise WrongType(
+        what=f"the data of input '{spec.name}'", got=data, want=f"a list of values, or '{BINARY_SIZE}' beside it"
+    )
 
 
-def _flat(name: str, data: list[Any], shape: Sequence[int]) -> list[Any]:
-    """Nested lists as one flat list, row-major; what is flat already is handed through."""
-    for depth, axis in enumerate(shape[1:], start=1):
-        nested = [isinstance(item, list) for item in data]
-        if not any(nested):
-            if depth > 1:
-                raise ShapeMismatch(
-                    tensor=name, got=f"data nested {depth} deep", want=f"flat data, or nested {len(shape)} deep"
-                )
-            return data
-        if not all(nested) or any(len(item) != axis for item in data):
-            raise ShapeMismatch(
-                tensor=name, got="ragged data", want=f"lists of {axis} at depth {depth}, as its shape says"
-            )
-        data = list(itertools.chain.from_iterable(data))
-    return data
+def _accepted(signature: Signature, tensors: Mapping[str, NDArray[Any]]) -> tuple[Accepted, bool]:
+    """The rows; and whether they came with a batch axis. Without one they are one sample."""
+    row = {spec.name: spec.shape[1:] for spec in signature.inputs}
+    batched = not tensors or not all(fits(array.shape, row[name]) for name, array in tensors.items())
+    if not batched:
+        tensors = {name: array[np.newaxis] for name, array in tensors.items()}
+    return accept_tensors(signature, tensors), batched
 
 
-_JSON_TYPES: dict[str, tuple[frozenset[type], str]] = {
-    "b": (frozenset({bool}), "booleans"),
-    "i": (frozenset({int}), "integers"),
-    "u": (frozenset({int}), "integers"),
-    "f": (frozenset({int, float}), "numbers"),
-    "O": (frozenset({str}), "strings"),
-}
-
-
-def _array(spec: TensorSpec, values: list[Any]) -> NDArray[Any]:
-    """Values of one JSON type as an array of the tensor's dtype; nothing is rounded to fit, nothing wraps."""
-    allowed, plural = _JSON_TYPES[spec.dtype.kind]
-    if not allowed.issuperset(map(type, values)):
-        i = next(i for i, value in enumerate(values) if type(value) not in allowed)
-        raise WrongType(what=f"value {i} of input '{spec.name}'", got=values[i], want=f"{plural} ({spec.datatype})")
-    if spec.dtype.kind == "O":
-        return np.array(values, dtype=np.object_)
-    low, high = _limits(spec.dtype)
-    if spec.dtype.kind in "iuf" and values and not (low <= min(values) and max(values) <= high):
-        i = next(i for i, value in enumerate(values) if not low <= value <= high)
-        raise OutOfRange(
-            what=f"value {i} of input '{spec.name}'",
-            got=clipped(str(values[i]), 40),
-            want=f"{spec.datatype} from {low} to {high}",
-        )
-    return np.array(values, dtype=spec.dtype)
-
-
-def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
-    match dtype.kind:
-        case "i" | "u":
-            return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
-        case "f":
-            return float(np.finfo(dtype).min), float(np.finfo(dtype).max)
-        case _:
-            return 0, 1
-
-
-def _requested(signature: Signature, outputs: object) -> tuple[int, ...]:
-    names = [spec.name for spec in signature.outputs]
+def _requested(signature: Signature, outputs: object, binary_by_default: bool | None) -> tuple[Wanted, ...]:
     if outputs is None:
-        return tuple(range(len(names)))
-    if not isinstance(outputs, list):
+        wanted = _all_outputs(signature, binary=bool(binary_by_default))
+    elif type(outputs) is list:
+        wanted = tuple(_one_requested(signature, i, output, binary_by_default) for i, output in enumerate(outputs))
+    else:
         raise WrongType(what="'outputs'", got=outputs, want="a list of objects with a name")
-    positions = []
-    for position, output in enumerate(outputs):
-        name = output.get("name") if isinstance(output, dict) else None
-        if not isinstance(name, str):
-            raise WrongType(what=f"'outputs[{position}]'", got=output, want="an object with a name")
-        if name not in names:
-            raise UnknownTensor(kind="output", tensor=name, tensors=names)
-        positions.append(names.index(name))
-    return tuple(positions)
+    for position, binary in wanted:
+        spec = signature.outputs[position]
+        if spec.datatype == "FP16" and not binary:
+            raise NeedsBinary(tensor=spec.name, datatype=spec.datatype, kind="output")
+    if len({position for position, _ in wanted}) < len(wanted):
+        raise BadRequest("an output is asked for twice; ask for it once")
+    return wanted
+
+
+def _all_outputs(signature: Signature, *, binary: bool = False) -> tuple[Wanted, ...]:
+    return tuple(Wanted(i, binary) for i in range(len(signature.outputs)))
+
+
+def _one_requested(signature: Signature, i: int, output: object, binary_by_default: bool | None) -> Wanted:
+    name = output.get("name") if type(output) is dict else None
+    if type(output) is not dict or type(name) is not str:
+        raise WrongType(what=f"'outputs[{i}]'", got=output, want="an object with a name")
+    names = [spec.name for spec in signature.outputs]
+    if name not in names:
+        raise UnknownTensor(kind="output", tensor=name, tensors=names)
+    parameters = _parameters(output, f"output '{name}'")
+    if "classification" in parameters:
+        raise BadRequest(f"output '{name}' asks for 'classification', which this server does not do; rank the scores")
+    binary = _flag(parameters, BINARY_OUTPUT, f"output '{name}'")
+    return Wanted(names.index(name), bool(binary_by_default if binary is None else binary))
+
+
+def _parameters(owner: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    parameters = owner.get("parameters")
+    if parameters is None:
+        return _NO_PARAMETERS
+    if type(parameters) is not dict:
+        raise WrongType(what=f"'parameters' of {what}", got=parameters, want="an object")
+    for name, value in parameters.items():
+        if type(value) not in (str, int, float, bool):
+            raise WrongType(what=f"parameter '{name}' of {what}", got=value, want="a string, a number or a boolean")
+    return parameters
+
+
+def _flag(parameters: Mapping[str, Any], name: str, what: str) -> bool | None:
+    flag = parameters.get(name)
+    if flag is not None and type(flag) is not bool:
+        raise WrongType(what=f"parameter '{name}' of {what}", got=flag, want="true or false")
+    return flag
+
+
+def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
+    """Microseconds, as Triton has it; 0 is none."""
+    timeout_us = parameters.get(TIMEOUT_US, 0)
+    if type(timeout_us) is not int or timeout_us < 0:
+        raise WrongType(
+            what=f"parameter '{TIMEOUT_US}' of the request", got=timeout_us, want="a whole number of microseconds"
+        )
+    return timeout_us / 1e6 or None
+
+
+def _raw_request(live: Live, content: bytes) -> InferRequest:
+    """A body that is nothing but the elements of the only input: one row, and every output in binary."""
+    signature = live.admitted.signature
+    if len(signature.inputs) != 1:
+        names = [spec.name for spec in signature.inputs]
+        raise BadRequest(
+            f"a raw binary request has one input, but model '{live.name}' takes {len(names)}; describe them in JSON, "
+            "with its length in the header Inference-Header-Content-Length"
+        )
+    (spec,) = signature.inputs
+    shape = _raw_shape(spec, len(content))
+    if spec.dtype.kind == "O":
+        array = np.array([text_of(spec, content)], dtype=np.object_).reshape(shape)
+    else:
+        array = from_bytes(spec, memoryview(content), shape)
+    return InferRequest(
+        live=live,
+        accepted=accept_tensors(signature, {spec.name: array}),
+        outputs=_all_outputs(signature, binary=True),
+        batched=True,
+    )
+
+
+def _raw_shape(spec: TensorSpec, size: int) -> tuple[int, ...]:
+    """The shape that so many bytes fill: one row, and at most one axis of a length that the signature leaves open."""
+    shape = [max(spec.shape[0], 1), *spec.shape[1:]]
+    if spec.dtype.kind == "O":
+        if any(axis not in (-1, 1) for axis in shape):
+            raise BadRequest(f"a raw binary request holds one element of BYTES; input '{spec.name}' takes {shape}")
+        return tuple(1 for _ in shape)
+    if shape.count(-1) > 1:
+        raise BadRequest(
+            f"input '{spec.name}' has shape {list(spec.shape)}, which the size of a raw binary request does not tell; "
+            "describe it in JSON, with its length in the header Inference-Header-Content-Length"
+        )
+    if -1 in shape:
+        step = spec.dtype.itemsize * math.prod(axis for axis in shape if axis != -1)
+        shape[shape.index(-1)] = size // step if step else 0
+    return tuple(shape)
+
+
+_NO_PARAMETERS: Mapping[str, Any] = {}
+_NO_BLOBS = memoryview(b"")
+_INTEGERS = frozenset({int})
+_NUMBERS = frozenset({int, float})

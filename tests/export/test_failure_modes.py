@@ -39,7 +39,6 @@ from service.bundle import read_plain
 from service.errors import AdmissionRefused, Refused, WrongCall
 from service.graph.fold import fold
 from service.graph.freeze import freeze
-from service.repository import find
 from service.repository import load as load_repository
 from service.runtime import place
 from service.settings import Settings
@@ -148,7 +147,7 @@ def test_one_sample_in_training_mode_is_answered_with_a_constant(tmp_path: Path)
     onnx.checker.check_model(model, full_check=True)  # a valid file
     assert rules(audit_onnx(model), at_least="error") == {"BN001"}
     onnx.save_model(model, tmp_path / "net.onnx")
-    served = load_repository(find(tmp_path / "net.onnx"), place("cpu"), Settings())
+    served = load_repository(tmp_path / "net.onnx", place("cpu"), Settings())
     assert not served.ready
     assert "is in training mode" in served.entries[0].reason
     frozen = freeze(model).model

@@ -52,7 +52,6 @@ def test_a_healthy_bundle_passes_all_doors() -> None:
     assert 0 < figure.difference <= figure.bound  # float32 against rounded float64: not the same bits, but near
     assert passed.independence.batch_sizes == (1, 2, 3, 7, 16)
     assert len(passed.batchnorms) == 1
-    assert passed.run_s > 0
 
 
 def test_a_plain_onnx_file_passes_without_golden_samples() -> None:
@@ -165,6 +164,7 @@ def test_independence_notices_one_bit() -> None:
         inputs = admitted(plain(graphs.batchnorm_model())).runtime.inputs
         outputs = admitted(plain(graphs.batchnorm_model())).runtime.outputs
         provider = "leaky"
+        threads = 1
 
         def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
             return [tensors[0] + np.float32(2e-7) * tensors[0].sum()]
@@ -182,6 +182,7 @@ def test_independence_sees_a_leak_from_a_single_row() -> None:
         inputs = admitted(plain(graphs.batchnorm_model())).runtime.inputs
         outputs = admitted(plain(graphs.batchnorm_model())).runtime.outputs
         provider = "leaky"
+        threads = 1
 
         def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
             y = tensors[0].copy()
@@ -194,20 +195,20 @@ def test_independence_sees_a_leak_from_a_single_row() -> None:
         check_independence(LastReachesFirst(), rows, reference, batch_sizes=(1, 2, 3, 7), bounds=[1.0])
 
 
-@pytest.mark.parametrize(("by", "kind", "together"), [(0.0, "exact", 16), (2.0**-23, "bounded", 1)])
-def test_rows_run_together_only_where_that_changes_no_bit(by: float, kind: str, together: int) -> None:
-    """A runtime that rounds otherwise in company is admitted, with its figure, and runs each request alone."""
+@pytest.mark.parametrize(("by", "kind"), [(0.0, "exact"), (2.0**-23, "bounded")])
+def test_rounding_otherwise_in_company_is_admitted_with_its_figure(by: float, kind: str) -> None:
 
     class RoundsOtherwise:
         inputs = FakeRuntime.inputs
         outputs = FakeRuntime.outputs
         provider = "rounding"
+        threads = 1
 
         def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
             return [tensors[0] * np.float32(1 if len(tensors[0]) == 1 else 1 + by)]
 
     passed = admit_with(plain(graphs.batchnorm_model()), lambda _: RoundsOtherwise(), max_batch_rows=16)
-    assert (passed.independence.kind, passed.max_batch_rows) == (kind, together)
+    assert passed.independence.kind == kind
     assert (passed.independence.bound > 0) == (kind == "bounded")
 
 
@@ -265,12 +266,7 @@ def relu(x: Sequence[Any], y: Sequence[Any]) -> onnx.ModelProto:
 def test_a_fixed_batch_is_admitted_at_that_size(rows: int) -> None:
     """Many exporters write the batch of their sample into the graph; it is served in batches of just that length."""
     passed = admitted(plain(relu([rows, 3], [rows, 3])))
-    assert (passed.independence.batch_sizes, passed.max_batch_rows) == ((rows,), 1)
-
-
-def test_rows_of_different_shape_do_not_run_together() -> None:
-    """Two requests that differ in another axis cannot be one batch."""
-    assert admitted(plain(relu(["batch", "time"], ["batch", "time"]))).max_batch_rows == 1
+    assert passed.independence.batch_sizes == (rows,)
 
 
 def test_weights_that_are_inputs_too_are_constants_here() -> None:

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.coalescing import Coalescer, plan
+from service.coalescing import Coalescer, Computed, plan
+from service.errors import ClientLeft, DeadlineExceeded
 from service.signature import Accepted
+from service.statistics import Statistics
 from tests.fakes import FakeRuntime
 
 
@@ -56,10 +58,10 @@ def test_requests_of_one_moment_run_together(inline: bool) -> None:
     runtime = FakeRuntime()
 
     async def scenario() -> list[float]:
-        coalescer = Coalescer(runtime, max_rows=64, inline=inline)
+        coalescer = Coalescer(runtime, max_rows=64, inline_rows=64 if inline else 0)
         answers = await asyncio.gather(*(coalescer.submit(accepted(i, rows=1 + i % 3)) for i in range(10)))
-        assert [answer[0].shape[0] for answer in answers] == [1 + i % 3 for i in range(10)]
-        return [float(answer[0][0, 0]) for answer in answers]
+        assert [answer.outputs[0].shape[0] for answer in answers] == [1 + i % 3 for i in range(10)]
+        return [float(answer.outputs[0][0, 0]) for answer in answers]
 
     assert asyncio.run(scenario()) == [2.0 * i for i in range(10)]
     assert runtime.batches == [19]
@@ -70,7 +72,7 @@ def test_a_lone_request_never_waits() -> None:
     runtime = FakeRuntime()
 
     async def scenario() -> None:
-        answer = Coalescer(runtime, max_rows=64, inline=True).submit(accepted(1))
+        answer = Coalescer(runtime, max_rows=64, inline_rows=64).submit(accepted(1))
         await asyncio.sleep(0)
         assert answer.done()
 
@@ -81,7 +83,7 @@ def test_a_model_that_mixing_would_change_never_mixes() -> None:
     runtime = FakeRuntime()
 
     async def scenario() -> None:
-        coalescer = Coalescer(runtime, max_rows=1, inline=True)
+        coalescer = Coalescer(runtime, max_rows=1, inline_rows=64)
         await asyncio.gather(*(coalescer.submit(accepted(i)) for i in range(5)))
 
     asyncio.run(scenario())
@@ -93,7 +95,7 @@ def test_one_request_that_fails_does_not_fail_its_neighbours() -> None:
     runtime = FakeRuntime(chokes_on=3.0)
 
     async def scenario() -> list[object]:
-        coalescer = Coalescer(runtime, max_rows=64, inline=True)
+        coalescer = Coalescer(runtime, max_rows=64, inline_rows=64)
         return list(await asyncio.gather(*(coalescer.submit(accepted(i)) for i in range(5)), return_exceptions=True))
 
     results = asyncio.run(scenario())
@@ -105,10 +107,10 @@ def test_whoever_has_gone_costs_nothing() -> None:
     runtime = FakeRuntime()
 
     async def scenario() -> None:
-        coalescer = Coalescer(runtime, max_rows=64, inline=True)
+        coalescer = Coalescer(runtime, max_rows=64, inline_rows=64)
         gone, stays = coalescer.submit(accepted(1, rows=5)), coalescer.submit(accepted(2))
         gone.cancel()
-        assert (await stays)[0].shape == (1, 3)
+        assert (await stays).outputs[0].shape == (1, 3)
 
     asyncio.run(scenario())
     assert runtime.batches == [1]
@@ -119,7 +121,7 @@ def test_a_long_model_leaves_the_loop_free() -> None:
     runtime = FakeRuntime(run_s=0.2)
 
     async def scenario() -> float:
-        coalescer = Coalescer(runtime, max_rows=64, inline=False)
+        coalescer = Coalescer(runtime, max_rows=64, inline_rows=0)
         first = coalescer.submit(accepted(1))
         await asyncio.to_thread(runtime.started.wait)
         start = time.perf_counter()
@@ -131,7 +133,7 @@ def test_a_long_model_leaves_the_loop_free() -> None:
 
     turn_s = asyncio.run(scenario())
     assert runtime.batches == [1, 4]
-    assert threading.get_ident() not in runtime.threads
+    assert threading.get_ident() not in runtime.ran_on
     assert turn_s < 0.1  # the loop turned while the model slept for 0.2 s
 
 
@@ -140,12 +142,12 @@ def test_whoever_leaves_while_it_runs_does_not_harm_the_others() -> None:
     runtime = FakeRuntime(run_s=0.05)
 
     async def scenario() -> None:
-        coalescer = Coalescer(runtime, max_rows=64, inline=False)
+        coalescer = Coalescer(runtime, max_rows=64, inline_rows=0)
         gone, stays = coalescer.submit(accepted(1)), coalescer.submit(accepted(2))
         await asyncio.to_thread(runtime.started.wait)
         gone.cancel()
-        assert float((await asyncio.wait_for(stays, timeout=5))[0][0, 0]) == 4.0
-        assert float((await asyncio.wait_for(coalescer.submit(accepted(3)), timeout=5))[0][0, 0]) == 6.0
+        assert float((await asyncio.wait_for(stays, timeout=5)).outputs[0][0, 0]) == 4.0
+        assert float((await asyncio.wait_for(coalescer.submit(accepted(3)), timeout=5)).outputs[0][0, 0]) == 6.0
 
     asyncio.run(scenario())
     assert runtime.batches == [2, 1]
@@ -156,7 +158,7 @@ def test_the_loop_turns_between_batches() -> None:
     runtime = FakeRuntime()
 
     async def scenario() -> int:
-        coalescer = Coalescer(runtime, max_rows=1, inline=True)
+        coalescer = Coalescer(runtime, max_rows=1, inline_rows=64)
         answers = [coalescer.submit(accepted(i)) for i in range(10)]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -165,3 +167,89 @@ def test_the_loop_turns_between_batches() -> None:
         return done_early
 
     assert 0 < asyncio.run(scenario()) < 10
+
+
+def test_a_request_that_is_alone_does_not_even_wait_for_the_turn() -> None:
+    """Its answer is there when `submit` returns; with company under way it is not."""
+    runtime = FakeRuntime()
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=64, inline_rows=64)
+        assert coalescer.submit(accepted(1), alone=True).done()
+        first = coalescer.submit(accepted(2))
+        second = coalescer.submit(accepted(3), alone=True)  # the caller was mistaken, and overtakes nobody
+        assert not second.done()
+        await asyncio.gather(first, second)
+
+    asyncio.run(scenario())
+    assert runtime.batches == [1, 2]
+
+
+def test_a_batch_too_long_for_the_loop_gets_a_thread() -> None:
+    """The same model runs a row on the loop and a larger batch beside it."""
+    runtime = FakeRuntime()
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=64, inline_rows=2)
+        await coalescer.submit(accepted(1), alone=True)
+        assert runtime.ran_on == {threading.get_ident()}
+        await coalescer.submit(accepted(1, rows=3), alone=True)
+        assert len(runtime.ran_on) == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_request_whose_time_is_over_is_not_computed() -> None:
+    """It waited behind a long run; those beside it with time left are answered."""
+    runtime = FakeRuntime(run_s=0.05)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=64, inline_rows=0)
+        running = coalescer.submit(accepted(1))
+        await asyncio.to_thread(runtime.started.wait)
+        now_ns = time.perf_counter_ns()
+        late = coalescer.submit(accepted(2, rows=5), expires_ns=now_ns + 1_000_000)
+        in_time = coalescer.submit(accepted(3), expires_ns=now_ns + 60_000_000_000)
+        with pytest.raises(DeadlineExceeded):
+            await late
+        assert float((await in_time).outputs[0][0, 0]) == 6.0
+        await running
+
+    asyncio.run(scenario())
+    assert runtime.batches == [1, 1]
+
+
+def test_a_client_that_hung_up_costs_nothing() -> None:
+    runtime = FakeRuntime(run_s=0.05)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=64, inline_rows=0)
+        running = coalescer.submit(accepted(1))
+        await asyncio.to_thread(runtime.started.wait)
+        gone = coalescer.submit(accepted(2, rows=5), gone=lambda: True)
+        stays = coalescer.submit(accepted(3), gone=lambda: False)
+        with pytest.raises(ClientLeft):
+            await gone
+        await asyncio.gather(running, stays)
+
+    asyncio.run(scenario())
+    assert runtime.batches == [1, 1]
+
+
+def test_where_the_time_went_is_told() -> None:
+    """Each request says how long it waited and how long its batch ran; the statistics add them up."""
+    runtime, statistics = FakeRuntime(run_s=0.02), Statistics()
+
+    async def scenario() -> list[Computed]:
+        coalescer = Coalescer(runtime, max_rows=2, inline_rows=0, statistics=statistics)
+        return await asyncio.gather(*(coalescer.submit(accepted(i)) for i in range(4)))
+
+    answers = asyncio.run(scenario())
+    assert all(answer.compute_ns >= 20e6 for answer in answers)
+    assert all(answer.queue_ns >= 20e6 for answer in answers[2:])  # the second batch waited for the first
+    said = statistics.document(name="m", version="1")
+    assert (said["inference_count"], said["execution_count"]) == (4, 2)
+    assert said["inference_stats"]["queue"] == {"count": 4, "ns": sum(answer.queue_ns for answer in answers)}
+    assert said["inference_stats"]["compute_infer"]["count"] == 4
+    assert [batch["batch_size"] for batch in said["batch_stats"]] == [2]
+    assert said["batch_stats"][0]["compute_infer"]["count"] == 2

@@ -125,7 +125,8 @@ class Answers:
     """A runtime that gives one array, whatever it is asked."""
 
     def __init__(self, like: OnnxRuntime, answer: NDArray[Any]) -> None:
-        self.inputs, self.outputs, self.provider, self._answer = like.inputs, like.outputs, like.provider, answer
+        self.inputs, self.outputs, self._answer = like.inputs, like.outputs, answer
+        self.provider, self.threads = like.provider, like.threads
 
     def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         return [self._answer]

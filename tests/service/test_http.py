@@ -15,8 +15,8 @@ import pytest
 
 from service.app import create_app
 from service.errors import NotFinite
-from service.protocol import predict
-from service.repository import Repository, find, load
+from service.protocol import Body, predict
+from service.repository import Repository, load
 from service.runtime import place
 from service.settings import Settings
 from tests import graphs
@@ -49,7 +49,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Repository:
 
 
 def loaded(models: Path) -> Repository:
-    return load(find(models), place("cpu"), Settings(threads=1, max_batch_rows=16))
+    return load(models, place("cpu"), Settings(threads=1, max_batch_rows=16))
 
 
 Scenario = Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]]
@@ -160,7 +160,7 @@ def test_a_bad_body_is_the_callers_fault(
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_answer_that_is_not_a_number_is_not_given(repository: Repository, value: float) -> None:
     """A network that overflows on absurd input gives a sentence, not a label chosen among NaN."""
-    request = predict.parse(repository.only(), json.dumps(SAMPLE).encode())
+    request = predict.parse(repository.only(), Body(json.dumps(SAMPLE).encode()))
     with pytest.raises(NotFinite, match="not a finite number"):
         request.render([np.array([[0.5, value]], dtype=np.float32)])
 
@@ -375,7 +375,7 @@ def test_health(several: Repository) -> None:
 
 
 def test_without_a_model_the_server_is_alive_and_not_ready() -> None:
-    empty = Repository([])
+    empty = Repository([], path=Path(), placement=place("cpu"), settings=Settings())
     assert get(empty, "/v2/health/live").status_code == 200
     assert (get(empty, "/v2/health/ready").status_code, post(empty, "/predict", SAMPLE).status_code) == (503, 503)
 

@@ -17,7 +17,7 @@ from tests.bundles import write_table_bundle
 
 def loaded(path: Path, heard: list[Entry] | None = None) -> Repository:
     tell = heard.append if heard is not None else lambda _: None
-    return load(find(path), place("cpu"), Settings(threads=1, max_batch_rows=8), tell=tell)
+    return load(path, place("cpu"), Settings(threads=1, max_batch_rows=8), tell=tell)
 
 
 def test_a_repository_a_model_a_bundle_and_a_file_are_found(tmp_path: Path) -> None:

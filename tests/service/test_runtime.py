@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import numpy as np
+import onnx
 import pytest
 
 from service.errors import AdmissionRefused, RowsRejected
@@ -68,6 +69,30 @@ def test_a_value_the_graph_cannot_take_is_told_from_a_failure() -> None:
     lookup = OnnxRuntime(graphs.embedding_model().SerializeToString(), place("cpu"), threads=1)
     with pytest.raises(RowsRejected, match="indices element out of data bounds"):
         lookup.run([np.array([[7]], dtype=np.int64)])
+
+
+def test_a_short_model_runs_on_one_thread_and_a_long_one_on_all() -> None:
+    """Handing parts of a short run to other threads costs as much as they save."""
+    assert OnnxRuntime(graphs.batchnorm_model().SerializeToString(), place("cpu")).threads == 1
+    weight = np.random.default_rng(1).normal(0, 0.01, (3000, 3000)).astype(np.float32)
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["h"]), onnx.helper.make_node("MatMul", ["h", "w"], ["y"])]
+    long = graphs.model(nodes, {"w": weight}, x=(onnx.TensorProto.FLOAT, ["batch", 3000]), y=["batch", 3000])
+    assert OnnxRuntime(long.SerializeToString(), place("cpu")).threads == usable_cpus()
+    assert OnnxRuntime(long.SerializeToString(), place("cpu"), threads=1).threads == 1
+
+
+def test_bound_outputs_are_the_same_outputs() -> None:
+    """The way that a GPU takes, on a CPU: bit for bit the same."""
+    x = np.random.default_rng(3).normal(4, 1, (5, 3)).astype(np.float32)
+    one = runtime()
+    np.testing.assert_array_equal(one._run_bound([x])[0], one.run([x])[0])
+
+
+def test_the_memory_of_a_gpu_can_be_limited() -> None:
+    options = Placement(CUDA_PROVIDER, "a test", gpu_memory_limit_bytes=2**30).provider_options
+    assert (options["gpu_mem_limit"], options["use_tf32"]) == (str(2**30), "0")
+    assert "gpu_mem_limit" not in Placement(CUDA_PROVIDER, "a test").provider_options
+    assert Placement(CPU_PROVIDER, "a test", gpu_memory_limit_bytes=2**30).provider_options == {}
 
 
 def test_at_least_one_cpu_is_usable() -> None:

@@ -1,0 +1,77 @@
+"""Bodies compressed with gzip or deflate, both ways.
+
+`deflate` is the zlib format (RFC 9110, section 8.4.1.2). A compressed body may not grow beyond the limit for bodies.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from typing import Literal
+
+from service.errors import BodyTooLarge, MalformedCompression, UnsupportedEncoding
+
+Encoding = Literal["gzip", "deflate"]
+
+WORTH_BYTES = 1024
+"""A smaller answer fits a packet as it is."""
+
+LEVEL = 1
+"""Numbers hardly shrink further at a higher one, and take several times as long."""
+
+_WINDOW: dict[Encoding, int] = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_ACCEPTED = re.compile(r"\s*(?P<coding>[^\s;,]+)\s*(?:;\s*q\s*=\s*(?P<q>[0-9.]+)\s*)?")
+
+
+def decompressed(body: bytes, encoding: bytes, *, limit_bytes: int) -> bytes:
+    """
+    Args:
+        encoding: the value of Content-Encoding.
+
+    Raises:
+        UnsupportedEncoding: it is neither gzip, deflate nor identity.
+        MalformedCompression: the body is not that, is cut short, or goes on after its end.
+        BodyTooLarge: uncompressed it has more bytes than the limit.
+    """
+    match encoding.strip().lower():
+        case b"" | b"identity":
+            return body
+        case b"gzip" | b"x-gzip":
+            name: Encoding = "gzip"
+        case b"deflate":
+            name = "deflate"
+        case other:
+            raise UnsupportedEncoding(other.decode("latin-1"))
+    reader = zlib.decompressobj(wbits=_WINDOW[name])
+    try:
+        content = reader.decompress(body, limit_bytes + 1)
+    except zlib.error as error:
+        raise MalformedCompression(encoding=name) from error
+    if len(content) > limit_bytes:
+        raise BodyTooLarge(limit_bytes=limit_bytes)
+    if not reader.eof or reader.unused_data:
+        raise MalformedCompression(encoding=name)
+    return content
+
+
+def accepted(accept_encoding: bytes) -> Encoding | None:
+    """The encoding that a caller would like: the one of the greater weight, gzip if they are equal."""
+    if not accept_encoding:
+        return None
+    weights = {"gzip": 0.0, "deflate": 0.0}
+    for part in accept_encoding.decode("latin-1").lower().split(","):
+        if (found := _ACCEPTED.fullmatch(part)) and found["coding"] in weights:
+            try:
+                weights[found["coding"]] = float(found["q"] or 1)
+            except ValueError:
+                continue
+    if not any(weights.values()):
+        return None
+    return "deflate" if weights["deflate"] > weights["gzip"] else "gzip"
+
+
+def compressed(content: bytes, encoding: Encoding) -> bytes:
+    if encoding == "gzip":
+        return gzip.compress(content, LEVEL, mtime=0)
+    return zlib.compress(content, LEVEL)

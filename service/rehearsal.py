@@ -1,0 +1,110 @@
+"""Before a model is ready, it is run once at every batch size that it will be used at.
+
+An engine prepares for a shape when it first sees it, and the first caller of each would pay for it. The same runs tell
+how many rows are worth running together, how many are short enough for the event loop, and whether company changes an
+answer by rounding, at any size and not only at those that admission tried.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.admission import Admitted
+from service.bundle import IndependenceFigure
+from service.numerics import largest_difference, same_bits
+from service.runtime import Runtime
+from service.settings import Numerics
+
+INLINE_RUN_S = 0.002
+"""A batch that takes less runs on the event loop: shorter than what two thread switches and their jitter cost under
+load, and short enough that health checks do not notice."""
+
+LONGEST_BATCH_S = 0.1
+"""No larger batch is made than runs in that time: company must not cost more than it saves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batching:
+    """How a model's rows may run together, as measured where it will run."""
+
+    max_rows: int
+    """The most rows that run together; 1 where more would change a bit and `exact` is wanted, or where rows differ in
+    shape."""
+    inline_rows: int
+    """The most rows that run on the event loop; larger batches get a thread. 0: none."""
+    run_s: dict[int, float]
+    """Seconds of a run, by rows: at 1, 2, 4, ... and the maximum."""
+    independence: IndependenceFigure
+    """Admission's, with what the other sizes showed."""
+
+
+def rehearse(admitted: Admitted, numerics: Numerics) -> Batching:
+    """Run the model at every size it will be used at.
+
+    Args:
+        numerics: `exact` lets rows share a batch only where no bit of an answer depends on it; `bounded` also where the
+            difference is within what rounding explains.
+    """
+    runtime, rows, figure = admitted.runtime, admitted.subjects, admitted.independence
+    fixed = runtime.inputs[0].shape[0]
+    if fixed != -1:
+        only_s = _run_s(runtime, rows, fixed)
+        inline_rows = fixed if only_s < INLINE_RUN_S else 0
+        return Batching(max_rows=1, inline_rows=inline_rows, run_s={fixed: only_s}, independence=figure)
+    if any(-1 in spec.shape[1:] for spec in runtime.inputs):
+        # a caller decides how long a row is, and so how long a run takes: never on the event loop
+        return Batching(max_rows=1, inline_rows=0, run_s={1: _run_s(runtime, rows, 1)}, independence=figure)
+    shared = numerics == "bounded" or figure.kind == "exact"
+    run_s = _times(runtime, rows, admitted.max_batch_rows if shared else 1)
+    figure = _every_size(runtime, rows, max(run_s), figure)
+    if numerics == "exact" and figure.kind == "bounded":
+        run_s = {1: run_s[1]}
+    inline_rows = max((size for size, seconds in run_s.items() if seconds < INLINE_RUN_S), default=0)
+    return Batching(max_rows=max(run_s), inline_rows=inline_rows, run_s=run_s, independence=figure)
+
+
+def _times(runtime: Runtime, rows: Sequence[NDArray[Any]], max_rows: int) -> dict[int, float]:
+    """Seconds of a run at 1, 2, 4, ... and `max_rows`, as far as a batch stays within `LONGEST_BATCH_S`."""
+    times: dict[int, float] = {}
+    size = 1
+    while True:
+        times[size] = _run_s(runtime, rows, size)
+        following = min(2 * size, max_rows)
+        if following == size or times[size] * following / size > LONGEST_BATCH_S:
+            return times
+        size = following
+
+
+def _every_size(
+    runtime: Runtime, rows: Sequence[NDArray[Any]], max_rows: int, figure: IndependenceFigure
+) -> IndependenceFigure:
+    """Hold the rows of every batch size against the same rows alone."""
+    count = rows[0].shape[0]
+    each = [runtime.run([array[i : i + 1] for array in rows]) for i in range(count)]
+    alone = [np.concatenate(parts) for parts in zip(*each, strict=True)]
+    bound = figure.bound
+    for size in range(2, max_rows + 1):
+        places = np.arange(size) % count
+        for one, together in zip(alone, runtime.run([array[places] for array in rows]), strict=True):
+            if not same_bits(one[places], together):
+                bound = max(bound, largest_difference(one[places], together))
+    return figure.model_copy(update={"kind": "bounded" if bound else "exact", "bound": bound})
+
+
+def _run_s(runtime: Runtime, rows: Sequence[NDArray[Any]], size: int) -> float:
+    """The median of three runs, after one that warms up."""
+    places = np.arange(size) % rows[0].shape[0]
+    batch = [array[places] for array in rows]
+    runtime.run(batch)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        runtime.run(batch)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))

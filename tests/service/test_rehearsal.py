@@ -1,0 +1,91 @@
+"""Every batch size that will be used is run before a model is ready, and says how rows may share a batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from service import rehearsal
+from service.admission import Admitted, admit, admit_with
+from service.bundle import Bundle
+from service.rehearsal import rehearse
+from service.runtime import place
+from tests import graphs
+from tests.fakes import FakeRuntime
+
+
+class Rehearsed:
+    """A runtime that answers `y = x`, notes its batches, and takes and rounds as told."""
+
+    inputs = FakeRuntime.inputs
+    outputs = FakeRuntime.outputs
+    provider = "FakeExecutionProvider"
+    threads = 1
+
+    def __init__(self, *, row_s: float = 0.0, off_at: int = 0) -> None:
+        self.sizes: list[int] = []
+        self._row_s = row_s
+        self._off_at = off_at
+
+    def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        size = tensors[0].shape[0]
+        self.sizes.append(size)
+        time.sleep(self._row_s * size)
+        return [tensors[0] * np.float32(1 + 2.0**-23 if size == self._off_at else 1)]
+
+
+def plain(model: onnx.ModelProto) -> Bundle:
+    contents = {"model.onnx": model.SerializeToString()}
+    return Bundle(name="m", version="1", folder=Path(), contents=contents, passport=None)
+
+
+def admitted(runtime: Any, max_batch_rows: int = 16) -> Admitted:
+    return admit_with(plain(graphs.batchnorm_model()), lambda _: runtime, max_batch_rows)
+
+
+def relu(x: Sequence[Any]) -> onnx.ModelProto:
+    return graphs.model([onnx.helper.make_node("Relu", ["x"], ["y"])], {}, x=(onnx.TensorProto.FLOAT, x), y=x)
+
+
+def test_every_size_is_run_before_the_first_caller_comes() -> None:
+    runtime = Rehearsed()
+    batching = rehearse(admitted(runtime), "exact")
+    assert set(runtime.sizes) == set(range(1, 17))
+    assert (batching.max_rows, batching.inline_rows, batching.independence.kind) == (16, 16, "exact")
+    assert list(batching.run_s) == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize(("numerics", "together"), [("exact", 1), ("bounded", 16)])
+def test_a_size_that_admission_did_not_try_and_that_rounds_otherwise_is_found(numerics: Any, together: int) -> None:
+    """`exact` then runs each request alone; `bounded` lets them share, and the figure is published either way."""
+    passed = admitted(Rehearsed(off_at=11))
+    assert passed.independence.kind == "exact"  # it tried 1, 2, 3, 7 and 16
+    batching = rehearse(passed, numerics)
+    assert batching.max_rows == together
+    assert batching.independence.kind == "bounded"
+    assert batching.independence.bound > 0
+
+
+def test_company_must_not_cost_more_than_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No larger batch is made than runs in the time allowed; what is long for the loop gets a thread."""
+    monkeypatch.setattr(rehearsal, "LONGEST_BATCH_S", 0.015)
+    batching = rehearse(admitted(Rehearsed(row_s=0.0012)), "exact")
+    assert batching.max_rows == 8
+    assert batching.inline_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "max_rows", "inline"),
+    [([4, 3], 1, 4), (["batch", "time"], 1, 0), (["batch", 3], 16, 16)],
+    ids=["a fixed batch runs as it is", "rows of any length run alone, in a thread", "rows of one shape run together"],
+)
+def test_what_may_run_together(shape: Sequence[Any], max_rows: int, inline: int) -> None:
+    batching = rehearse(admit(plain(relu(shape)), place("cpu"), threads=1, max_batch_rows=16), "exact")
+    assert (batching.max_rows, batching.inline_rows) == (max_rows, inline)
