@@ -8,31 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
-from service import openapi
+from service import management, openapi
 from service.crew import Alone, Crew
 from service.errors import (
-    BadRequest,
-    Forbidden,
     Internal,
     MethodNotAllowed,
     NotFound,
     NotReady,
     RequestError,
-    clipped,
 )
 from service.prediction import Predictions
 from service.protocol import documents
 from service.protocol.json import error_body
 from service.repository import Repository
-from service.settings import Settings, is_loopback
+from service.settings import Settings
 from service.statistics import Document
 
 PAGE_FOLDER = Path(__file__).parent / "page"
@@ -62,10 +57,9 @@ def _fastapi(repository: Repository, crew: Crew, settings: Settings) -> FastAPI:
     _add_health(app, repository)
     _add_statistics(app, repository, crew)  # before the models: /v2/models/stats is no model
     _add_metadata(app, repository)
-    _add_management(app, repository, crew, allowed=is_loopback(settings.host))
+    management.add(app, repository, crew, settings)
     app.add_exception_handler(RequestError, _own_error)
     app.add_exception_handler(HTTPException, _framework_error)
-    app.add_exception_handler(RequestValidationError, _body_error)
     app.add_exception_handler(Exception, _unforeseen_error)
     return app
 
@@ -104,14 +98,14 @@ def _add_health(app: FastAPI, repository: Repository) -> None:
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @app.get("/v2/health/ready", tags=tags, summary="A model is ready", responses=_responses(NotReady))
+    @app.get("/v2/health/ready", tags=tags, summary="A model is ready", responses=openapi.responses(NotReady))
     async def ready() -> dict[str, bool]:
         if not repository.ready:
             raise NotReady("no model is ready")
         return {"ready": True}
 
-    @app.get("/v2/models/{model}/ready", tags=tags, responses=_responses(NotFound, NotReady))
-    @app.get("/v2/models/{model}/versions/{version}/ready", tags=tags, responses=_responses(NotFound, NotReady))
+    @app.get("/v2/models/{model}/ready", tags=tags, responses=openapi.responses(NotFound, NotReady))
+    @app.get("/v2/models/{model}/versions/{version}/ready", tags=tags, responses=openapi.responses(NotFound, NotReady))
     async def model_ready(model: str, version: str | None = None) -> dict[str, str | bool]:
         return {"name": repository.live(model, version).name, "ready": True}
 
@@ -123,13 +117,13 @@ def _add_metadata(app: FastAPI, repository: Repository) -> None:
     async def server() -> dict[str, str | list[str]]:
         return {"name": "evalmode", "version": app.version, "extensions": list(documents.EXTENSIONS)}
 
-    @app.get("/v2/models/{model}", tags=tags, responses=_responses(NotFound, NotReady))
-    @app.get("/v2/models/{model}/versions/{version}", tags=tags, responses=_responses(NotFound, NotReady))
+    @app.get("/v2/models/{model}", tags=tags, responses=openapi.responses(NotFound, NotReady))
+    @app.get("/v2/models/{model}/versions/{version}", tags=tags, responses=openapi.responses(NotFound, NotReady))
     async def model_metadata(model: str, version: str | None = None) -> dict[str, object]:
         return documents.metadata(repository.live(model, version))
 
-    @app.get("/v2/models/{model}/config", tags=tags, responses=_responses(NotFound, NotReady))
-    @app.get("/v2/models/{model}/versions/{version}/config", tags=tags, responses=_responses(NotFound, NotReady))
+    @app.get("/v2/models/{model}/config", tags=tags, responses=openapi.responses(NotFound, NotReady))
+    @app.get("/v2/models/{model}/versions/{version}/config", tags=tags, responses=openapi.responses(NotFound, NotReady))
     async def model_config(model: str, version: str | None = None) -> dict[str, object]:
         return documents.config(repository.live(model, version))
 
@@ -141,70 +135,12 @@ def _add_statistics(app: FastAPI, repository: Repository, crew: Crew) -> None:
     async def statistics() -> dict[str, list[Document]]:
         return {"model_stats": await crew.statistics()}
 
-    @app.get("/v2/models/{model}/stats", tags=tags, responses=_responses(NotFound, NotReady))
-    @app.get("/v2/models/{model}/versions/{version}/stats", tags=tags, responses=_responses(NotFound, NotReady))
+    @app.get("/v2/models/{model}/stats", tags=tags, responses=openapi.responses(NotFound, NotReady))
+    @app.get("/v2/models/{model}/versions/{version}/stats", tags=tags, responses=openapi.responses(NotFound, NotReady))
     async def model_statistics(model: str, version: str | None = None) -> dict[str, list[Document]]:
         live = repository.live(model, version)
         entries = await crew.statistics()
         return {"model_stats": [one for one in entries if (one["name"], one["version"]) == (live.name, live.version)]}
-
-
-class IndexRequest(BaseModel):
-    """What of the index is wanted."""
-
-    ready: bool = False
-
-
-class LoadParameters(BaseModel):
-    """What Triton knows beside the name; of these, none changes anything here."""
-
-    model_config = ConfigDict(extra="allow")
-
-    unload_dependents: bool = False
-
-
-class LoadRequest(BaseModel):
-    """A model is loaded as it lies in its folder, so there is nothing to say."""
-
-    parameters: LoadParameters = LoadParameters()
-
-
-def _add_management(app: FastAPI, repository: Repository, crew: Crew, *, allowed: bool) -> None:
-    tags: list[str | Enum] = ["Model repository"]
-
-    @app.post("/v2/repository/index", tags=tags, summary="Every version looked at, and what became of it")
-    async def index(asked: IndexRequest | None = None) -> list[dict[str, str]]:
-        return [
-            {"name": entry.name, "version": entry.version, "state": entry.state, "reason": entry.reason}
-            for entry in repository.entries
-            if entry.live is not None or asked is None or not asked.ready
-        ]
-
-    refusals = _responses(BadRequest, Forbidden, NotFound)
-
-    @app.post(
-        "/v2/repository/models/{model}/load", tags=tags, summary="Serve what is in its folder", responses=refusals
-    )
-    async def load(model: str, asked: LoadRequest | None = None) -> Response:
-        if not allowed:
-            raise Forbidden
-        if asked is not None and (given := asked.parameters.model_extra):
-            raise BadRequest(
-                f"'{next(iter(given))}' cannot be given here; put the version into the models folder whole"
-            )
-        await crew.load(model)
-        return Response()
-
-    @app.post("/v2/repository/models/{model}/unload", tags=tags, summary="Stop serving it", responses=refusals)
-    async def unload(model: str, asked: LoadRequest | None = None) -> Response:
-        if not allowed:
-            raise Forbidden
-        await crew.unload(model)
-        return Response()
-
-
-def _responses(*errors: type[RequestError]) -> dict[int | str, dict[str, Any]]:
-    return {error.status: openapi.ERROR_RESPONSES[str(error.status)] for error in errors}
 
 
 async def _own_error(_: Request, error: Exception) -> Response:
@@ -218,15 +154,6 @@ async def _framework_error(request: Request, error: Exception) -> Response:
     if error.status_code == MethodNotAllowed.status:
         return _answer(MethodNotAllowed(f"{request.url.path} does not take {request.method}"), error.headers)
     return _answer(NotFound(f"there is nothing at {request.url.path}; GET /docs lists what there is"), error.headers)
-
-
-async def _body_error(_: Request, error: Exception) -> Response:
-    """The body of a management request is not what its route takes."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:])
-    what = f"'{clipped(where)}' of the body" if where else "the body"
-    return _answer(BadRequest(f"{what} does not fit: {first['msg']}"))
 
 
 async def _unforeseen_error(_: Request, error: Exception) -> Response:

@@ -138,7 +138,6 @@ def predict(
     device: Annotated[Device, Parameter(help="Where the model runs.")] = "auto",
 ) -> None:
     """One prediction in this process: the answer that the service gives, through the same admission."""
-    from service.protocol import Body
     from service.protocol.predict import parse
     from service.repository import load
     from service.runtime import place
@@ -151,7 +150,7 @@ def predict(
     if not repository.ready:
         raise Refused("; ".join(f"{entry.name}/{entry.version} was {entry.reason}" for entry in repository.entries))
     live = repository.only()
-    request = parse(live, Body(body))
+    request = parse(live, body)
     answer = request.answer(live.admitted.runtime.run(request.accepted.tensors))
     print(json.dumps(answer, ensure_ascii=False, indent=2))
 

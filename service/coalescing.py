@@ -13,12 +13,10 @@ Rule 5: whoever has gone, or has no time left, is dropped before anything is com
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,29 +29,31 @@ from service.statistics import Statistics
 Outputs = list[NDArray[Any]]
 
 
-class Computed(NamedTuple):
-    """What the model gave for a request, and where its time went."""
+@final
+class Computed:
+    """A request's way through the model: its rows, then what the model gave for them, and where the time went."""
 
-    outputs: Outputs
-    """One array per output of the model, with this request's rows."""
-    queue_ns: int
-    compute_ns: int
-    """Of the whole batch that it ran in."""
+    __slots__ = ("accepted", "answer", "compute_ns", "error", "expires_ns", "gone", "outputs", "queue_ns", "since_ns")
 
-
-@dataclass(slots=True)
-class _Request:
-    accepted: Accepted
-    answer: asyncio.Future[Computed]
-    submitted_ns: int
-    expires_ns: int | None
-    gone: Callable[[], bool] | None
-
-
-class _Batch(NamedTuple):
-    results: list[Outputs | Exception]
-    started_ns: int
-    ended_ns: int
+    def __init__(
+        self,
+        accepted: Accepted,
+        answer: asyncio.Future[Computed],
+        expires_ns: int | None,
+        gone: Callable[[], bool] | None,
+    ) -> None:
+        self.accepted = accepted
+        self.answer = answer
+        self.expires_ns = expires_ns
+        self.gone = gone
+        self.since_ns = perf_counter_ns()
+        """When it was submitted."""
+        self.outputs: Outputs = []
+        """One array per output of the model, with this request's rows."""
+        self.error: Exception | None = None
+        self.queue_ns = 0
+        self.compute_ns = 0
+        """Of the whole batch that it ran in."""
 
 
 def plan(waiting_rows: Iterable[int], max_rows: int) -> int:
@@ -92,7 +92,7 @@ class Coalescer:
         self._max_rows = max_rows
         self._inline_rows = inline_rows
         self._statistics = Statistics() if statistics is None else statistics
-        self._waiting: deque[_Request] = deque()
+        self._waiting: deque[Computed] = deque()
         self._busy = False
         """A batch is running, or will in the next turn of the loop."""
 
@@ -115,12 +115,14 @@ class Coalescer:
             gone: says that the client has left.
 
         Raises:
-            ClientLeft, DeadlineExceeded: through the future.
+            ClientLeft, DeadlineExceeded: through the future, as is what the model raised.
         """
         loop = asyncio.get_running_loop()
-        request = _Request(accepted, loop.create_future(), perf_counter_ns(), expires_ns, gone)
+        request = Computed(accepted, loop.create_future(), expires_ns, gone)
         if alone and not self._busy and accepted.rows <= self._inline_rows:
-            self._finish([request], self._compute([request]))
+            batch = [request]
+            self._compute(batch)
+            _answer(batch)
             return request.answer
         self._waiting.append(request)
         if not self._busy:
@@ -128,32 +130,25 @@ class Coalescer:
             loop.call_soon(self._run_next)
         return request.answer
 
-    @property
-    def waiting_rows(self) -> int:
-        return sum(request.accepted.rows for request in self._waiting)
-
     def _run_next(self) -> None:
         batch = self._take()
         if not batch:
             self._busy = False
-        elif sum(request.accepted.rows for request in batch) <= self._inline_rows:
-            self._finish(batch, self._compute(batch))
-            self._go_on()
+        elif sum([request.accepted.rows for request in batch]) <= self._inline_rows:
+            self._compute(batch)
+            self._finish(batch)
         else:
             run = asyncio.get_running_loop().run_in_executor(None, self._compute, batch)
-            run.add_done_callback(lambda done: self._finish_thread(batch, done.result()))
+            run.add_done_callback(lambda _: self._finish(batch))
 
-    def _finish_thread(self, batch: Sequence[_Request], computed: _Batch) -> None:
-        self._finish(batch, computed)
-        self._go_on()
-
-    def _go_on(self) -> None:
+    def _finish(self, batch: Sequence[Computed]) -> None:
+        _answer(batch)
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._run_next)
         else:
             self._busy = False
 
-    def _take(self) -> list[_Request]:
+    def _take(self) -> list[Computed]:
         now_ns = perf_counter_ns()
         while self._waiting:
             count = plan((request.accepted.rows for request in self._waiting), self._max_rows)
@@ -162,44 +157,46 @@ class Coalescer:
                 return batch
         return []
 
-    def _compute(self, batch: Sequence[_Request]) -> _Batch:
-        """One result for each request. Never raises: a batch that fails is run again request by request."""
+    def _compute(self, batch: Sequence[Computed]) -> None:
+        """Give each request its outputs or its error. Never raises: a batch that fails is run request by request."""
         started_ns = perf_counter_ns()
         try:
-            tensors = _stacked([request.accepted.tensors for request in batch])
+            tensors = _stacked(batch)
             stacked_ns = perf_counter_ns()
             outputs = self._runtime.run(tensors)
             ran_ns = perf_counter_ns()
         except Exception as error:  # whatever it is, it belongs to the callers
-            failed: list[Outputs | Exception] = [error]
-            if len(batch) > 1:
-                failed = [self._compute([request]).results[0] for request in batch]
-            return _Batch(failed, started_ns, perf_counter_ns())
-        results = _split(outputs, [request.accepted.rows for request in batch])
+            if len(batch) == 1:
+                batch[0].error = error
+            else:
+                for request in batch:
+                    self._compute([request])
+            return
+        rows = _split(outputs, batch)
         ended_ns = perf_counter_ns()
+        for request in batch:
+            request.queue_ns = started_ns - request.since_ns
+            request.compute_ns = ended_ns - started_ns
         self._statistics.ran(
-            rows=sum(request.accepted.rows for request in batch),
-            requests=len(batch),
+            rows,
+            len(batch),
             input_ns=stacked_ns - started_ns,
             infer_ns=ran_ns - stacked_ns,
             output_ns=ended_ns - ran_ns,
         )
-        return _Batch(results, started_ns, ended_ns)
-
-    def _finish(self, batch: Sequence[_Request], computed: _Batch) -> None:
-        compute_ns = computed.ended_ns - computed.started_ns
-        for request, result in zip(batch, computed.results, strict=True):
-            queue_ns = computed.started_ns - request.submitted_ns
-            self._statistics.queue.add(queue_ns)
-            if request.answer.done():  # cancelled while it ran
-                continue
-            if isinstance(result, Exception):
-                request.answer.set_exception(result)
-            else:
-                request.answer.set_result(Computed(result, queue_ns, compute_ns))
 
 
-def _wanted(request: _Request, now_ns: int) -> bool:
+def _answer(batch: Sequence[Computed]) -> None:
+    for request in batch:
+        if request.answer.done():  # cancelled while it ran
+            continue
+        if request.error is None:
+            request.answer.set_result(request)
+        else:
+            request.answer.set_exception(request.error)
+
+
+def _wanted(request: Computed, now_ns: int) -> bool:
     """Somebody waits for the answer, and still has time to."""
     if request.answer.done():
         return False
@@ -212,14 +209,21 @@ def _wanted(request: _Request, now_ns: int) -> bool:
     return True
 
 
-def _stacked(requests: Sequence[Sequence[NDArray[Any]]]) -> Sequence[NDArray[Any]]:
+def _stacked(batch: Sequence[Computed]) -> Sequence[NDArray[Any]]:
     """The tensors of several requests as one batch: one array per input, rows in the order of the requests."""
-    return requests[0] if len(requests) == 1 else [np.concatenate(arrays) for arrays in zip(*requests, strict=True)]
+    if len(batch) == 1:
+        return batch[0].accepted.tensors
+    return [np.concatenate(arrays) for arrays in zip(*[request.accepted.tensors for request in batch], strict=True)]
 
 
-def _split(outputs: Outputs, rows: Sequence[int]) -> list[Outputs | Exception]:
-    """Each request's own rows of every output."""
-    if len(rows) == 1:
-        return [outputs]
-    ends = list(itertools.accumulate(rows))
-    return [[output[start:end] for output in outputs] for start, end in itertools.pairwise([0, *ends])]
+def _split(outputs: Outputs, batch: Sequence[Computed]) -> int:
+    """Give each request its own rows of every output; returns how many rows they are together."""
+    if len(batch) == 1:
+        batch[0].outputs = outputs
+        return batch[0].accepted.rows
+    start = 0
+    for request in batch:
+        end = start + request.accepted.rows
+        request.outputs = [output[start:end] for output in outputs]
+        start = end
+    return start

@@ -204,7 +204,8 @@ class DatatypeMismatch(BadRequest):
     code = "datatype_mismatch"
 
     def __init__(self, *, tensor: str, got: object, want: str) -> None:
-        super().__init__(f"input '{tensor}' has datatype {clipped(str(got))}; the model takes {want}")
+        datatype = clipped(got) if isinstance(got, str) else describe(got)
+        super().__init__(f"input '{tensor}' has datatype {datatype}; the model takes {want}")
 
 
 class ShapeMismatch(BadRequest):

@@ -23,7 +23,7 @@ from service.errors import (
     UnsupportedMediaType,
 )
 from service.numerics import made_up_rows
-from service.protocol import Body, Parse, predict, v2
+from service.protocol import Parse, predict, v2
 from service.repository import Live
 from service.signature import CategoricalFeature, ClassTarget, ContinuousFeature, Feature, TensorSpec
 
@@ -48,6 +48,11 @@ ERROR_RESPONSES: Schema = {
     }
     for error in _ERRORS
 }
+
+
+def responses(*errors: type[RequestError]) -> dict[int | str, Schema]:
+    """The errors that a route can answer with, for FastAPI."""
+    return {error.status: ERROR_RESPONSES[str(error.status)] for error in errors}
 
 
 def with_models(document: Schema, models: Sequence[Live]) -> Schema:
@@ -104,8 +109,8 @@ def _operation(
     live: Live, parse: Parse, example: Schema, *, operation_id: str, tag: str, summary: str, schemas: tuple[str, str]
 ) -> Schema:
     """An operation whose examples are a request and the answer that this model really gives to it."""
-    request = parse(live, Body(orjson.dumps(example)))
-    answer = orjson.loads(request.render(live.admitted.runtime.run(request.accepted.tensors)).content)
+    request = parse(live, orjson.dumps(example), None)
+    answer = orjson.loads(request.render(live.admitted.runtime.run(request.accepted.tensors))[0])
     asks, answers = ({"$ref": f"#/components/schemas/{name}"} for name in schemas)
     return {
         "operationId": operation_id,

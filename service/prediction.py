@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter_ns
 from typing import Any, NamedTuple, final
 
-from service.coalescing import Computed
 from service.connection import EXTENSION, Wire
 from service.errors import (
     BadRequest,
@@ -31,8 +30,8 @@ from service.errors import (
     UnsupportedMediaType,
     clipped,
 )
-from service.protocol import JSON, OCTET_STREAM, Answer, Body, Parse, predict, v2
-from service.protocol.compression import WORTH_BYTES, accepted, compressed, decompressed
+from service.protocol import JSON, OCTET_STREAM, Parse, predict, v2
+from service.protocol.compression import WORTH_BYTES, Encoding, accepted, compressed, decompressed
 from service.protocol.json import error_body
 from service.repository import Live, Repository
 
@@ -44,7 +43,11 @@ Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = dict[bytes, bytes]
 
 REQUEST_ID = b"x-request-id"
+SERVER_TIMING = b"server-timing"
 JSON_LENGTH = b"inference-header-content-length"
+_JSON_TYPE = (b"content-type", JSON)
+_OCTET_STREAM_TYPE = (b"content-type", OCTET_STREAM)
+_NO_EXTENSIONS: dict[str, Wire] = {}
 _REQUEST_ID_TAKEN = re.compile(rb"[\x21-\x7e]{1,128}")
 
 _PREDICT = re.compile(r"/predict|/models/(?P<model>[^/]+)/predict")
@@ -74,12 +77,6 @@ def _route(path: str) -> _Route | None:
     return None
 
 
-class _Response(NamedTuple):
-    status: int
-    content: bytes
-    headers: list[tuple[bytes, bytes]]
-
-
 @final
 class Predictions:
     """Answers predictions; hands everything else to `rest`."""
@@ -95,116 +92,108 @@ class Predictions:
             return
         headers = dict(scope["headers"])
         request_id = _request_id(headers)
-        path = scope["path"]
-        route = _route(path)
+        if b"%2" in (raw_path := scope.get("raw_path") or b""):
+            scope = {**scope, "path": _with_slashes_as_sent(scope["path"], raw_path)}
+        route = _route(scope["path"])
         if route is None:
             await self._rest(scope, receive, _with_request_id(send, request_id))
             return
-        wire: Wire | None = scope.get("extensions", {}).get(EXTENSION)
+        wire: Wire | None = scope.get("extensions", _NO_EXTENSIONS).get(EXTENSION)
         live: Live | None = None
-        began_ns = perf_counter_ns()
+        read_ns = perf_counter_ns()
         try:
             if scope["method"] != "POST":
-                raise MethodNotAllowed(f"{path} takes POST, not {scope['method']}")
+                raise MethodNotAllowed(f"{scope['path']} takes POST, not {scope['method']}")
             live = self._repository.only() if route.model is None else self._repository.live(route.model, route.version)
-            body = await self._body(receive, headers, binary=route.binary)
-            began_ns = perf_counter_ns()
-            request = route.parse(live, body)
+            body = await self._body(receive, headers, route)
+            read_ns = perf_counter_ns()
+            request = route.parse(live, body, _json_bytes(headers, len(body)) if route.binary else None)
             computed = await live.coalescer.submit(
                 request.accepted,
                 alone=wire is not None and wire.alone,
-                expires_ns=None if request.timeout_s is None else began_ns + int(request.timeout_s * 1e9),
+                expires_ns=None if request.timeout_s is None else read_ns + int(request.timeout_s * 1e9),
                 gone=None if wire is None else wire.is_closing,
             )
-            response = await _success(request.render(computed.outputs), computed, headers)
-            live.statistics.success.add(perf_counter_ns() - began_ns)
+            status, (content, json_bytes) = 200, request.render(computed.outputs)
+            said = [
+                _JSON_TYPE if json_bytes is None else _OCTET_STREAM_TYPE,
+                (
+                    SERVER_TIMING,
+                    b"queue;dur=%.3f, compute;dur=%.3f" % (computed.queue_ns / 1e6, computed.compute_ns / 1e6),
+                ),
+            ]
+            if json_bytes is not None:
+                said.append((JSON_LENGTH, b"%d" % json_bytes))
+            if len(content) >= WORTH_BYTES and (encoding := accepted(headers.get(b"accept-encoding", b""))):
+                content = await _compressed(content, encoding)
+                said += [(b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding")]
+            live.statistics.answered(perf_counter_ns() - read_ns, computed.queue_ns)
         except Exception as error:
             if not isinstance(error, RequestError):
                 _log.exception("prediction failed, request id %s", request_id.decode())
                 error = Internal()
             if live is not None:
-                live.statistics.fail.add(perf_counter_ns() - began_ns)
-            response = _refusal(error)
-        head = {
-            "type": "http.response.start",
-            "status": response.status,
-            "headers": [
-                *response.headers,
-                (b"content-length", b"%d" % len(response.content)),
-                (REQUEST_ID, request_id),
-            ],
-        }
+                live.statistics.failed(perf_counter_ns() - read_ns)
+            status, content, said = error.status, error_body(error), _refusal_headers(error)
+        said.append((b"content-length", b"%d" % len(content)))
+        said.append((REQUEST_ID, request_id))
         if wire is not None:
             wire.cork()
-        await send(head)
-        await send({"type": "http.response.body", "body": response.content})
+        await send({"type": "http.response.start", "status": status, "headers": said})
+        await send({"type": "http.response.body", "body": content})
         if wire is not None:
             wire.uncork()
 
-    async def _body(self, receive: Receive, headers: Headers, *, binary: bool) -> Body:
-        """What the client sent, uncompressed, with the length of its JSON where binary tensors follow.
+    async def _body(self, receive: Receive, headers: Headers, route: _Route) -> bytes:
+        """What the client sent, uncompressed.
 
         Raises:
-            RequestError: it is too large, of another kind, or its headers contradict it.
+            RequestError: it is too large, of another kind than the route takes, or not what its headers say.
         """
-        _check_content_type(headers.get(b"content-type", b""), binary=binary)
-        content = await _read(receive, headers, self._body_limit_bytes)
-        if encoding := headers.get(b"content-encoding"):
-            if len(content) < _THREAD_BYTES:
-                content = decompressed(content, encoding, limit_bytes=self._body_limit_bytes)
-            else:
-                limit = self._body_limit_bytes
-                content = await asyncio.to_thread(decompressed, content, encoding, limit_bytes=limit)
-        if not binary or (declared := headers.get(JSON_LENGTH)) is None:
-            return Body(content)
-        return Body(content, json_bytes=_json_bytes(declared, len(content)))
+        limit_bytes = self._body_limit_bytes
+        _check_content_type(headers.get(b"content-type", b""), binary=route.binary)
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > limit_bytes:
+            raise BodyTooLarge(limit_bytes=limit_bytes)
+        chunks: list[bytes] = []
+        size = 0
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise BadRequest("the client left before its request was complete")
+            chunk = message.get("body", b"")
+            more = message.get("more_body", False)
+            size += len(chunk)
+            if size > limit_bytes:
+                raise BodyTooLarge(limit_bytes=limit_bytes)
+            chunks.append(chunk)
+        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        if b"content-encoding" not in headers:
+            return body
+        if size < _THREAD_BYTES:
+            return decompressed(body, headers[b"content-encoding"], limit_bytes=limit_bytes)
+        return await asyncio.to_thread(decompressed, body, headers[b"content-encoding"], limit_bytes=limit_bytes)
 
 
-async def _success(answer: Answer, computed: Computed, headers: Headers) -> _Response:
-    content = answer.content
-    kind = JSON if answer.json_bytes is None else OCTET_STREAM
-    said = [
-        (b"content-type", kind),
-        (b"server-timing", b"queue;dur=%.3f, compute;dur=%.3f" % (computed.queue_ns / 1e6, computed.compute_ns / 1e6)),
-    ]
-    if answer.json_bytes is not None:
-        said.append((JSON_LENGTH, b"%d" % answer.json_bytes))
-    if len(content) >= WORTH_BYTES and (encoding := accepted(headers.get(b"accept-encoding", b""))):
-        if len(content) < _THREAD_BYTES:
-            content = compressed(content, encoding)
-        else:
-            content = await asyncio.to_thread(compressed, content, encoding)
-        said += [(b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding")]
-    return _Response(200, content, said)
+async def _compressed(content: bytes, encoding: Encoding) -> bytes:
+    if len(content) < _THREAD_BYTES:
+        return compressed(content, encoding)
+    return await asyncio.to_thread(compressed, content, encoding)
 
 
-def _refusal(error: RequestError) -> _Response:
-    said = [(b"content-type", JSON)]
+def _with_slashes_as_sent(path: str, raw_path: bytes) -> str:
+    """The path; as it was sent if a slash in it was encoded, so that what was one segment does not become two."""
+    return raw_path.decode("latin-1") if b"%2f" in raw_path.lower() else path
+
+
+def _refusal_headers(error: RequestError) -> list[tuple[bytes, bytes]]:
+    said = [_JSON_TYPE]
     if isinstance(error, MethodNotAllowed):
         said.append((b"allow", b"POST"))
     if isinstance(error, UnsupportedEncoding):
         said.append((b"accept-encoding", b"gzip, deflate"))
-    return _Response(error.status, error_body(error), said)
-
-
-async def _read(receive: Receive, headers: Headers, limit_bytes: int) -> bytes:
-    """The whole body, as long as it is not larger than the limit."""
-    declared = headers.get(b"content-length", b"0")
-    if declared.isdigit() and int(declared) > limit_bytes:
-        raise BodyTooLarge(limit_bytes=limit_bytes)
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise BadRequest("the client left before its request was complete")
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit_bytes:
-            raise BodyTooLarge(limit_bytes=limit_bytes)
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    return said
 
 
 def _check_content_type(content_type: bytes, *, binary: bool) -> None:
@@ -216,12 +205,15 @@ def _check_content_type(content_type: bytes, *, binary: bool) -> None:
         raise UnsupportedMediaType(content_type.decode("latin-1"))
 
 
-def _json_bytes(declared: bytes, size: int) -> int:
-    """The value of Inference-Header-Content-Length.
+def _json_bytes(headers: Headers, size: int) -> int | None:
+    """The value of Inference-Header-Content-Length; None without it.
 
     Raises:
         MalformedBinary: it is not a number of bytes that the body has.
     """
+    declared = headers.get(JSON_LENGTH)
+    if declared is None:
+        return None
     if not declared.isdigit() or len(declared) > 10 or int(declared) > size:
         raise MalformedBinary(
             f"the header Inference-Header-Content-Length is '{clipped(declared.decode('latin-1'), 40)}', but the body "

@@ -74,9 +74,12 @@ def _times(runtime: Runtime, rows: Sequence[NDArray[Any]], max_rows: int) -> dic
     times: dict[int, float] = {}
     size = 1
     while True:
-        times[size] = _run_s(runtime, rows, size)
+        seconds = _run_s(runtime, rows, size)
+        if size > 1 and seconds > LONGEST_BATCH_S:
+            return times
+        times[size] = seconds
         following = min(2 * size, max_rows)
-        if following == size or times[size] * following / size > LONGEST_BATCH_S:
+        if following == size or seconds * following / size > LONGEST_BATCH_S:
             return times
         size = following
 

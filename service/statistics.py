@@ -16,25 +16,14 @@ Document = dict[str, Any]
 
 
 @dataclass(slots=True)
-class Duration:
-    """How often something was done, and how long it took altogether."""
+class _Batches:
+    """The batches of one size, and the time that all of them took together."""
 
-    count: int = 0
-    ns: int = 0
-
-    def add(self, ns: int, count: int = 1) -> None:
-        self.count += count
-        self.ns += ns
-
-    def document(self) -> Document:
-        return {"count": self.count, "ns": self.ns}
-
-
-@dataclass(slots=True)
-class _BatchSize:
-    input: Duration
-    infer: Duration
-    output: Duration
+    executions: int = 0
+    requests: int = 0
+    input_ns: int = 0
+    infer_ns: int = 0
+    output_ns: int = 0
 
 
 @final
@@ -42,63 +31,79 @@ class Statistics:
     """Counters of one version; each of them is changed by one thread at a time."""
 
     def __init__(self) -> None:
-        self.success = Duration()
-        """From a request's last byte read to its answer rendered."""
-        self.fail = Duration()
-        """Requests that reached the model and got another status than 200."""
-        self.queue = Duration()
-        self._compute = _BatchSize(Duration(), Duration(), Duration())
-        self._batches: dict[int, _BatchSize] = {}
-        self._rows = 0
-        self._runs = 0
+        self._answered = 0
+        self._answered_ns = 0
+        self._failed = 0
+        self._failed_ns = 0
+        self._queue_ns = 0
+        self._batches: dict[int, _Batches] = {}
+        self._requests_ns = _Batches()
+        """The time of each batch, once for each of its requests."""
         self._last_run_ms = 0
 
-    def ran(self, *, rows: int, requests: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
+    def answered(self, whole_ns: int, queue_ns: int) -> None:
+        """A request got its answer, so long after its last byte was read; so much of that it waited for its batch."""
+        self._answered += 1
+        self._answered_ns += whole_ns
+        self._queue_ns += queue_ns
+
+    def failed(self, whole_ns: int) -> None:
+        """A request reached the model and got another status than 200."""
+        self._failed += 1
+        self._failed_ns += whole_ns
+
+    def ran(self, rows: int, requests: int, *, input_ns: int, infer_ns: int, output_ns: int) -> None:
         """A batch was stacked, run and split."""
-        self._rows += rows
-        self._runs += 1
         self._last_run_ms = time.time_ns() // 1_000_000
-        batch = self._batches.get(rows)
-        if batch is None:
-            batch = self._batches[rows] = _BatchSize(Duration(), Duration(), Duration())
-        batch.input.add(input_ns)
-        batch.infer.add(infer_ns)
-        batch.output.add(output_ns)
-        self._compute.input.add(input_ns * requests, requests)
-        self._compute.infer.add(infer_ns * requests, requests)
-        self._compute.output.add(output_ns * requests, requests)
+        batches = self._batches.get(rows)
+        if batches is None:
+            batches = self._batches[rows] = _Batches()
+        batches.executions += 1
+        batches.requests += requests
+        batches.input_ns += input_ns
+        batches.infer_ns += infer_ns
+        batches.output_ns += output_ns
+        each = self._requests_ns
+        each.requests += requests
+        each.input_ns += input_ns * requests
+        each.infer_ns += infer_ns * requests
+        each.output_ns += output_ns * requests
 
     def document(self, *, name: str, version: str) -> Document:
         """One entry of `model_stats`."""
-        nothing = Duration()
+        each = self._requests_ns
         return {
             "name": name,
             "version": version,
             "last_inference": self._last_run_ms,
-            "inference_count": self._rows,
-            "execution_count": self._runs,
+            "inference_count": sum(rows * batches.executions for rows, batches in self._batches.items()),
+            "execution_count": sum(batches.executions for batches in self._batches.values()),
             "inference_stats": {
-                "success": self.success.document(),
-                "fail": self.fail.document(),
-                "queue": self.queue.document(),
-                "compute_input": self._compute.input.document(),
-                "compute_infer": self._compute.infer.document(),
-                "compute_output": self._compute.output.document(),
-                "cache_hit": nothing.document(),
-                "cache_miss": nothing.document(),
+                "success": _duration(self._answered, self._answered_ns),
+                "fail": _duration(self._failed, self._failed_ns),
+                "queue": _duration(self._answered, self._queue_ns),
+                "compute_input": _duration(each.requests, each.input_ns),
+                "compute_infer": _duration(each.requests, each.infer_ns),
+                "compute_output": _duration(each.requests, each.output_ns),
+                "cache_hit": _duration(0, 0),
+                "cache_miss": _duration(0, 0),
             },
             "response_stats": {},
             "batch_stats": [
                 {
                     "batch_size": rows,
-                    "compute_input": batch.input.document(),
-                    "compute_infer": batch.infer.document(),
-                    "compute_output": batch.output.document(),
+                    "compute_input": _duration(batches.executions, batches.input_ns),
+                    "compute_infer": _duration(batches.executions, batches.infer_ns),
+                    "compute_output": _duration(batches.executions, batches.output_ns),
                 }
-                for rows, batch in sorted(self._batches.items())
+                for rows, batches in sorted(self._batches.items())
             ],
             "memory_usage": [],
         }
+
+
+def _duration(count: int, ns: int) -> Document:
+    return {"count": count, "ns": ns}
 
 
 def summed(documents: Iterable[Document]) -> list[Document]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -14,20 +14,8 @@ JSON = b"application/json"
 OCTET_STREAM = b"application/octet-stream"
 
 
-class Body(NamedTuple):
-    """What a client sent, uncompressed."""
-
-    content: bytes
-    json_bytes: int | None = None
-    """How many of them are JSON, where binary tensors follow; None: all."""
-
-
-class Answer(NamedTuple):
-    """What a client gets with status 200."""
-
-    content: bytes
-    json_bytes: int | None = None
-    """How many of them are JSON, where binary tensors follow; None: all."""
+Answer = tuple[bytes, int | None]
+"""The body of an answer, and how many of its bytes are JSON, where binary tensors follow; None: all."""
 
 
 class Request(Protocol):
@@ -49,8 +37,9 @@ class Request(Protocol):
         ...
 
 
-Parse = Callable[[Live, Body], Request]
-"""
+Parse = Callable[[Live, bytes, int | None], Request]
+"""What came for a model, uncompressed, and how many of its bytes are JSON, where binary tensors follow; None: all.
+
 Raises:
     BadRequest: the body is malformed, or does not fit the model.
 """

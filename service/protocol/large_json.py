@@ -8,6 +8,7 @@ does not fit what this file knows is given back unread: the ordinary way then sa
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -16,10 +17,13 @@ import numpy as np
 import simdjson
 from numpy.typing import NDArray
 
-from service.protocol.json import check_keys
+from service.protocol.json import check_keys, count
 
 LARGE_BYTES = 32 * 1024
 """From here on it pays; below, the ordinary parser is as fast."""
+
+_MOST_KEYS, _MOST_AXES = 16, 32
+"""More are looked at in the ordinary way: here finding a key and multiplying axes takes as long as there are others."""
 
 _BUFFERS: dict[str, tuple[Literal["d", "i", "u"], Any]] = {
     "f": ("d", np.float64),
@@ -40,24 +44,27 @@ def parsed_large(body: bytes, kinds: Mapping[str, str]) -> dict[str, Any] | None
     Raises:
         DuplicateKey: an object in it has a key twice.
     """
+    if body.startswith(codecs.BOM_UTF8):  # which simdjson skips
+        return None
     try:
         document = simdjson.Parser().parse(body)
-        if not isinstance(document, simdjson.Object):
+        if not isinstance(document, simdjson.Object) or len(document) > _MOST_KEYS:
             return None
         lists = 0
         request: dict[str, Any] = {}
-        for key, value in document.items():
+        for key in document.keys():  # noqa: SIM118  # iterating the object itself, or its items, makes Python values of all
+            value = document[key]
             if key != "inputs":
                 request[key] = _plain(value)
                 continue
-            if not isinstance(value, simdjson.Array):
+            if not isinstance(value, simdjson.Array) or len(value) > len(kinds):
                 return None
-            inputs = [_input(tensor, kinds) for tensor in value]
+            inputs = [_input(value[i], kinds) for i in range(len(value))]
             lists = sum(count for _, count in inputs)
             request[key] = [tensor for tensor, _ in inputs]
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
-        return None
-    if body.count(b"[") != lists + _lists(request):  # a list where a number should be, or a bracket in a string
+        if count(body, b"[") != lists + _lists(request):  # a list where a number should be, or a bracket in a string
+            return None
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):
         return None
     check_keys(body, request)
     return request
@@ -65,7 +72,9 @@ def parsed_large(body: bytes, kinds: Mapping[str, str]) -> dict[str, Any] | None
 
 def _input(tensor: Any, kinds: Mapping[str, str]) -> tuple[dict[str, Any], int]:
     """A tensor, and how many lists its data are made of."""
-    said = {key: _plain(value) for key, value in tensor.items() if key != "data"}
+    if len(tensor) > _MOST_KEYS or len(tensor["shape"]) > _MOST_AXES:
+        raise ValueError("no tensor")
+    said = {key: _plain(tensor[key]) for key in tensor.keys() if key != "data"}  # noqa: SIM118
     said["data"], lists = _numbers(tensor["data"], said["shape"], kinds[said["name"]])
     return said, lists
 
@@ -74,7 +83,7 @@ def _numbers(data: Any, shape: list[int], kind: str) -> tuple[NDArray[Any], int]
     """The numbers, flat, and how many lists they came in: one, or as many as the shape has.
 
     Raises:
-        ValueError, TypeError, KeyError: they are not numbers of this kind, or not lists of this form.
+        ValueError, TypeError, LookupError: they are not numbers of this kind, or not lists of this form.
     """
     buffer, dtype = _BUFFERS[kind]
     lists = [data]

@@ -18,7 +18,7 @@ import orjson
 from numpy.typing import NDArray
 
 from service.errors import BadRequest, NotFinite
-from service.protocol import Answer, Body
+from service.protocol import Answer
 from service.protocol.json import NULL_FOR_MISSING, check_keys, parsed
 from service.repository import Live
 from service.signature import Accepted, ClassTarget
@@ -62,11 +62,14 @@ class PredictRequest(NamedTuple):
 
     def render(self, outputs: Sequence[NDArray[Any]]) -> Answer:
         """The response body."""
-        return Answer(orjson.dumps(self.answer(outputs)))
+        return orjson.dumps(self.answer(outputs)), None
 
 
-def parse(live: Live, body: Body) -> PredictRequest:
+def parse(live: Live, body: bytes, json_bytes: int | None = None) -> PredictRequest:
     """
+    Args:
+        json_bytes: None; nothing but JSON comes this way.
+
     Raises:
         BadRequest: the body is not JSON, does not fit, or the model has no named features.
     """
@@ -74,8 +77,8 @@ def parse(live: Live, body: Body) -> PredictRequest:
         raise BadRequest(
             f"model '{live.name}' takes tensors, not named features; call POST /v2/models/{live.name}/infer"
         )
-    sample = parsed(body.content, for_nan=NULL_FOR_MISSING)
-    check_keys(body.content, sample)
+    sample = parsed(body, for_nan=NULL_FOR_MISSING)
+    check_keys(body, sample)
     return PredictRequest(live, live.reader.accept(sample))
 
 

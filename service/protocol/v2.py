@@ -32,7 +32,7 @@ from service.errors import (
     UnknownTensor,
     WrongType,
 )
-from service.protocol import Answer, Body
+from service.protocol import Answer
 from service.protocol.elements import (
     check_count,
     from_bytes,
@@ -71,7 +71,7 @@ class InferRequest(NamedTuple):
     live: Live
     accepted: Accepted
     outputs: tuple[Wanted, ...] | None
-    """In the order asked; None: all, in JSON."""
+    """In the order asked; None: all, in JSON, with their batch axis."""
     batched: bool
     """The request has a batch axis, so its answer has one."""
     id: str | None = None
@@ -87,35 +87,46 @@ class InferRequest(NamedTuple):
         if self.id is not None:
             said["id"] = self.id
         specs = self.live.admitted.signature.outputs
+        if self.outputs is None:
+            said["outputs"] = [_in_json(spec, array) for spec, array in zip(specs, outputs, strict=True)]
+            return orjson.dumps(said, option=orjson.OPT_SERIALIZE_NUMPY), None
         tensors: list[dict[str, object]] = []
         blobs: list[bytes] = []
-        for wanted in _all_outputs(self.live.admitted.signature) if self.outputs is None else self.outputs:
-            spec = specs[wanted.position]
-            array = outputs[wanted.position] if self.batched else outputs[wanted.position][0]
-            tensor: dict[str, object] = {"name": spec.name, "shape": array.shape, "datatype": spec.datatype}
-            if wanted.binary:
+        for position, binary in self.outputs:
+            array = outputs[position]
+            if not self.batched:
+                array = array.reshape(array.shape[1:])
+            if binary:
                 blobs.append(to_bytes(array))
-                tensor["parameters"] = {BINARY_SIZE: len(blobs[-1])}
+                tensors.append(_in_binary(specs[position], array, len(blobs[-1])))
             else:
-                tensor["data"] = to_json(array)
-            tensors.append(tensor)
+                tensors.append(_in_json(specs[position], array))
         said["outputs"] = tensors
         head = orjson.dumps(said, option=orjson.OPT_SERIALIZE_NUMPY)
-        if not blobs:
-            return Answer(head)
-        return Answer(b"".join((head, *blobs)), json_bytes=len(head))
+        return (b"".join((head, *blobs)), len(head)) if blobs else (head, None)
 
 
-def parse(live: Live, body: Body) -> InferRequest:
+def _in_json(spec: TensorSpec, array: NDArray[Any]) -> dict[str, object]:
+    return {"name": spec.name, "shape": array.shape, "datatype": spec.datatype, "data": to_json(array)}
+
+
+def _in_binary(spec: TensorSpec, array: NDArray[Any], size: int) -> dict[str, object]:
+    parameters = {BINARY_SIZE: size}
+    return {"name": spec.name, "shape": array.shape, "datatype": spec.datatype, "parameters": parameters}
+
+
+def parse(live: Live, body: bytes, json_bytes: int | None = None) -> InferRequest:
     """
+    Args:
+        json_bytes: how many bytes of the body are JSON; None: all. 0: none, it is a raw binary request.
+
     Raises:
         BadRequest: the body is malformed, is not an inference request, or does not fit the model.
     """
-    if body.json_bytes == 0:
-        return _raw_request(live, body.content)
-    text, blobs = body.content, _NO_BLOBS
-    if body.json_bytes is not None:
-        text, blobs = text[: body.json_bytes], memoryview(text)[body.json_bytes :]
+    if json_bytes == 0:
+        return _raw_request(live, body)
+    text = body if json_bytes is None else body[:json_bytes]
+    blobs = _NO_BLOBS if json_bytes is None else memoryview(body)[json_bytes:]
     if len(text) >= LARGE_BYTES:
         kinds = {spec.name: spec.dtype.kind for spec in live.admitted.signature.inputs if spec.datatype != "FP16"}
         if (large := parsed_large(text, kinds)) is not None:
@@ -232,10 +243,10 @@ def _tensor(spec: TensorSpec, tensor: Mapping[str, Any], blobs: _Blobs) -> NDArr
     shape = tensor.get("shape")
     if type(shape) is not list or not all(type(axis) is int and axis >= 0 for axis in shape):
         raise WrongType(what=f"the shape of input '{spec.name}'", got=shape, want="a list of non-negative integers")
-    if len(shape) > MAX_AXES or math.prod(shape) > MAX_ELEMENTS:
-        raise ShapeMismatch(
-            tensor=spec.name, got=f"{len(shape)} axes and {math.prod(shape)} elements", want=str(list(spec.shape))
-        )
+    if len(shape) > MAX_AXES:  # so many are not even multiplied: that takes the square of their number
+        raise ShapeMismatch(tensor=spec.name, got=f"{len(shape)} axes", want=str(list(spec.shape)))
+    if math.prod(shape) > MAX_ELEMENTS:
+        raise ShapeMismatch(tensor=spec.name, got=f"{math.prod(shape)} elements", want=str(list(spec.shape)))
     size = _parameters(tensor, f"input '{spec.name}'").get(BINARY_SIZE)
     data = tensor.get("data")
     if size is not None:

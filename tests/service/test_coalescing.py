@@ -249,7 +249,6 @@ def test_where_the_time_went_is_told() -> None:
     assert all(answer.queue_ns >= 20e6 for answer in answers[2:])  # the second batch waited for the first
     said = statistics.document(name="m", version="1")
     assert (said["inference_count"], said["execution_count"]) == (4, 2)
-    assert said["inference_stats"]["queue"] == {"count": 4, "ns": sum(answer.queue_ns for answer in answers)}
     assert said["inference_stats"]["compute_infer"]["count"] == 4
     assert [batch["batch_size"] for batch in said["batch_stats"]] == [2]
     assert said["batch_stats"][0]["compute_infer"]["count"] == 2

@@ -15,7 +15,7 @@ import pytest
 
 from service.app import create_app
 from service.errors import NotFinite
-from service.protocol import Body, predict
+from service.protocol import predict
 from service.repository import Repository, load
 from service.runtime import place
 from service.settings import Settings
@@ -160,7 +160,7 @@ def test_a_bad_body_is_the_callers_fault(
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_answer_that_is_not_a_number_is_not_given(repository: Repository, value: float) -> None:
     """A network that overflows on absurd input gives a sentence, not a label chosen among NaN."""
-    request = predict.parse(repository.only(), Body(json.dumps(SAMPLE).encode()))
+    request = predict.parse(repository.only(), json.dumps(SAMPLE).encode())
     with pytest.raises(NotFinite, match="not a finite number"):
         request.render([np.array([[0.5, value]], dtype=np.float32)])
 

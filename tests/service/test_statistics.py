@@ -8,9 +8,10 @@ from service.statistics import Statistics, summed
 def busy(*batches: int) -> Statistics:
     statistics = Statistics()
     for rows in batches:
-        statistics.ran(rows=rows, requests=2, input_ns=3, infer_ns=50, output_ns=7)
-        statistics.queue.add(11, 2)
-        statistics.success.add(100, 2)
+        statistics.ran(rows, 2, input_ns=3, infer_ns=50, output_ns=7)
+        for _ in range(2):
+            statistics.answered(100, 11)
+    statistics.failed(9)
     return statistics
 
 
@@ -18,7 +19,9 @@ def test_each_request_of_a_batch_counts_its_computing_as_its_own() -> None:
     said = busy(4, 4, 6).document(name="m", version="1")
     assert (said["inference_count"], said["execution_count"]) == (14, 3)
     assert said["inference_stats"]["compute_infer"] == {"count": 6, "ns": 300}
-    assert said["inference_stats"]["fail"] == {"count": 0, "ns": 0}
+    assert said["inference_stats"]["success"] == {"count": 6, "ns": 600}
+    assert said["inference_stats"]["queue"] == {"count": 6, "ns": 66}
+    assert said["inference_stats"]["fail"] == {"count": 1, "ns": 9}
     assert [(batch["batch_size"], batch["compute_infer"]) for batch in said["batch_stats"]] == [
         (4, {"count": 2, "ns": 100}),
         (6, {"count": 1, "ns": 50}),
@@ -30,6 +33,7 @@ def test_processes_add_up() -> None:
     """As if one process had done it all."""
     one, other = busy(4, 6), busy(6, 8)
     together = busy(4, 6, 6, 8)
+    together.failed(9)  # each of the two had one failure
     parts = [one.document(name="m", version="1"), other.document(name="m", version="1")]
     kept = [dict(part) for part in parts]
     (said,) = summed(parts)

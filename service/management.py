@@ -1,0 +1,118 @@
+"""The model repository extension: what is served, and loading and unloading it.
+
+Source: triton-inference-server, `docs/protocol/extension_model_repository.md`.
+
+Rule 1: nothing here changes a model from what a request brings; a version is what lies in its folder, whole.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from service import openapi
+from service.crew import Crew
+from service.errors import BadRequest, BodyTooLarge, Forbidden, NotFound, NotReady, clipped
+from service.protocol.json import check_keys, parsed
+from service.repository import Repository
+from service.settings import Settings, is_loopback
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class IndexRequest(_Asked):
+    """What of the index is wanted."""
+
+    ready: bool = False
+
+
+class LoadParameters(_Asked):
+    """What Triton knows beside the name. A model is loaded as it lies in its folder, so nothing else can be said."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    unload_dependents: bool = False
+
+
+class LoadRequest(_Asked):
+    """The body of load and unload."""
+
+    parameters: LoadParameters = LoadParameters()
+
+
+AskedT = TypeVar("AskedT", bound=_Asked)
+
+
+async def _asked(request: Request, kind: type[AskedT], limit_bytes: int) -> AskedT:
+    """The body of a management request, which may be empty and comes without a content type from some clients.
+
+    Raises:
+        BadRequest: it is malformed, or does not fit.
+    """
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise BodyTooLarge(limit_bytes=limit_bytes)
+    if not body:
+        return kind()
+    value = parsed(body)
+    check_keys(body, value)
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = f"'{clipped(where)}' of the body" if where else "the body"
+        raise BadRequest(f"{what} does not fit: {first['msg'][:1].lower()}{first['msg'][1:]}") from error
+
+
+def _body_of(kind: type[_Asked]) -> dict[str, Any]:
+    return {"requestBody": {"content": {"application/json": {"schema": kind.model_json_schema()}}}}
+
+
+def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) -> None:
+    """Add its routes; loading and unloading are refused unless the service listens on loopback alone."""
+    allowed, limit_bytes = is_loopback(settings.host), settings.body_limit_bytes
+    tags: list[str | Enum] = ["Model repository"]
+    about: dict[str, Any] = {
+        "tags": tags,
+        "responses": openapi.responses(BadRequest, Forbidden, NotFound, NotReady),
+        "openapi_extra": _body_of(LoadRequest),
+    }
+
+    @app.post(
+        "/v2/repository/index",
+        tags=tags,
+        summary="Every version looked at, and what became of it",
+        responses=openapi.responses(BadRequest),
+        openapi_extra=_body_of(IndexRequest),
+    )
+    async def index(request: Request) -> list[dict[str, str]]:
+        asked = await _asked(request, IndexRequest, limit_bytes)
+        return [
+            {"name": entry.name, "version": entry.version, "state": entry.state, "reason": entry.reason}
+            for entry in repository.entries
+            if entry.live is not None or not asked.ready
+        ]
+
+    @app.post("/v2/repository/models/{model}/load", summary="Serve its newest version", **about)
+    async def load(model: str, request: Request) -> Response:
+        if not allowed:
+            raise Forbidden
+        await _asked(request, LoadRequest, limit_bytes)
+        await crew.load(model)
+        return Response()
+
+    @app.post("/v2/repository/models/{model}/unload", summary="Stop serving it", **about)
+    async def unload(model: str, request: Request) -> Response:
+        if not allowed:
+            raise Forbidden
+        await _asked(request, LoadRequest, limit_bytes)
+        await crew.unload(model)
+        return Response()
