@@ -35,6 +35,8 @@ bench: $(DEV)/installed ## What is claimed, measured
 	$(DEV)/bin/python -m benchmarks.start
 	$(DEV)/bin/python -m benchmarks.fold
 	$(DEV)/bin/python -m benchmarks.export_large
+	$(DEV)/bin/python -m benchmarks.steady
+	$(DEV)/bin/python -m benchmarks.serving
 
 image-test: ## Build the container image, start it, predict from outside, print its size
 	deploy/image-test

@@ -37,9 +37,9 @@ MakeRuntime = Callable[[bytes], Runtime]
 SUBJECTS = 8
 """Rows that independence is tried with: enough that each has different neighbours, few enough for a large model."""
 
-LONGEST_RUN_S = 1.0
-"""A batch that takes longer, as far as one row tells, is made of `SUBJECTS` rows only: a large network gains nothing by
-more, and all wait."""
+LONGEST_RUN_S = 0.1
+"""A batch that takes longer, as far as one row tells, is made of `SUBJECTS` rows only: company must not cost more than
+it saves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.admission import Admitted
+from service.admission import LONGEST_RUN_S, Admitted
 from service.bundle import IndependenceFigure
 from service.numerics import largest_difference, same_bits
 from service.runtime import Runtime
@@ -24,9 +24,6 @@ from service.settings import Numerics
 INLINE_RUN_S = 0.002
 """A batch that takes less runs on the event loop: shorter than what two thread switches and their jitter cost under
 load, and short enough that health checks do not notice."""
-
-LONGEST_BATCH_S = 0.1
-"""No larger batch is made than runs in that time: company must not cost more than it saves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,16 +67,16 @@ def rehearse(admitted: Admitted, numerics: Numerics) -> Batching:
 
 
 def _times(runtime: Runtime, rows: Sequence[NDArray[Any]], max_rows: int) -> dict[int, float]:
-    """Seconds of a run at 1, 2, 4, ... and `max_rows`, as far as a batch stays within `LONGEST_BATCH_S`."""
+    """Seconds of a run at 1, 2, 4, ... and `max_rows`, as far as a batch stays within `LONGEST_RUN_S`."""
     times: dict[int, float] = {}
     size = 1
     while True:
         seconds = _run_s(runtime, rows, size)
-        if size > 1 and seconds > LONGEST_BATCH_S:
+        if size > 1 and seconds > LONGEST_RUN_S:
             return times
         times[size] = seconds
         following = min(2 * size, max_rows)
-        if following == size or seconds * following / size > LONGEST_BATCH_S:
+        if following == size or seconds * following / size > LONGEST_RUN_S:
             return times
         size = following
 

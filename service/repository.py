@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
@@ -135,9 +135,13 @@ class Repository:
         Raises:
             UnknownModel: nothing of that name is there.
         """
-        found = [version for version in find(self._path) if version.name == name]
+        try:
+            there = find(self._path)
+        except WrongCall:  # nothing is left there
+            there = []
+        found = [version for version in there if version.name == name]
         if not found:
-            raise UnknownModel(model=name, models=sorted({version.name for version in find(self._path)}))
+            raise UnknownModel(model=name, models=sorted({version.name for version in there}))
         return tuple(_newest(found, self._placement, self._settings, lambda _: None))
 
     def swap(self, name: str, entries: tuple[Entry, ...]) -> None:
@@ -210,6 +214,13 @@ def load(
         WrongCall: there is nothing that could be a model.
     """
     return Repository(_newest(find(path), placement, settings, tell), path=path, placement=placement, settings=settings)
+
+
+def load_these(
+    path: Path, placement: Placement, settings: Settings, versions: Collection[tuple[str, str]]
+) -> list[Entry]:
+    """Admit these versions, by name and version, and no others; one that is not there is left out."""
+    return [_load(found, placement, settings) for found in find(path) if (found.name, found.version) in versions]
 
 
 def _newest(

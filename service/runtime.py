@@ -104,6 +104,8 @@ class Placement:
     why: str
     gpu_memory_limit_bytes: int = 0
     """For each model; 0 is no limit."""
+    cpus: int = 0
+    """The most CPUs of one run; 0 is all that this process may use."""
 
     @property
     def provider_options(self) -> dict[str, str]:
@@ -120,22 +122,22 @@ class Placement:
         return options
 
 
-def place(device: Device, *, gpu_memory_limit_bytes: int = 0) -> Placement:
+def place(device: Device, *, gpu_memory_limit_bytes: int = 0, cpus: int = 0) -> Placement:
     """Decide where models run.
 
     Raises:
         DeviceUnavailable: `cuda` was asked for and cannot be had; the sentence says what is missing.
     """
     if device == "cpu":
-        return Placement(CPU_PROVIDER, "asked for by --device cpu")
+        return Placement(CPU_PROVIDER, "asked for by --device cpu", cpus=cpus)
     missing = _missing_for_cuda()
     if device == "cuda":
         if missing:
             raise DeviceUnavailable(f"--device cuda: {missing}")
-        return Placement(CUDA_PROVIDER, "asked for by --device cuda", gpu_memory_limit_bytes)
+        return Placement(CUDA_PROVIDER, "asked for by --device cuda", gpu_memory_limit_bytes, cpus)
     if missing:
         return Placement(CPU_PROVIDER, f"no usable GPU: {missing}")
-    return Placement(CUDA_PROVIDER, "a usable GPU was found", gpu_memory_limit_bytes)
+    return Placement(CUDA_PROVIDER, "a usable GPU was found", gpu_memory_limit_bytes, cpus)
 
 
 def _missing_for_cuda() -> str | None:
@@ -181,8 +183,9 @@ class OnnxRuntime:
         self._outputs = tuple(_spec(value, "output") for value in self._session.get_outputs())
         self._input_names = [spec.name for spec in self._inputs]
         self._output_names = [spec.name for spec in self._outputs]
-        if not threads and usable_cpus() > 1 and not self._is_short():
-            self._threads = usable_cpus()
+        most = placement.cpus or usable_cpus()
+        if not threads and most > 1 and not self._is_short():
+            self._threads = most
             self._session = _session(model, placement, self._threads, optimisation)
         # with outputs bound to the CPU, a result comes from the GPU in one copy
         self._bound = self._provider == CUDA_PROVIDER and not any(

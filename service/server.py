@@ -1,25 +1,14 @@
-"""`evalmode serve`: models are admitted, said, and served until a signal comes."""
+"""`evalmode serve`: a socket is bound, and one process or several serve on it until a signal comes."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
-import shlex
-import signal
 import socket
-import sys
 from pathlib import Path
-from typing import final
 
-import orjson
-import uvicorn
-
-from service.app import create_app
-from service.connection import Connection
 from service.errors import Refused
-from service.openapi import infer_example
-from service.repository import Entry, Repository, find, load
-from service.runtime import place
 from service.settings import Settings
 
 LISTEN_BACKLOG = 2048  # uvicorn's own default
@@ -30,46 +19,18 @@ def serve(path: Path, settings: Settings) -> None:
 
     Raises:
         WrongCall: there is nothing to serve at `path`.
-        Refused: the port is taken, the device cannot be had, or no model was admitted.
+        Refused: the port is taken, the device cannot be had, no model was admitted, or no worker can be started.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    find(path)  # a wrong path is said before anything is begun
     with _listening(settings.host, settings.port) as listening:
-        placement = place(settings.device, gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes)
-        _say(f"models run on {placement.provider} ({placement.why})")
-        repository = load(path, placement, settings, tell=_tell)
-        if not repository.ready:
-            raise Refused(f"no model under '{path}' was admitted, so there is nothing to serve")
-        config = uvicorn.Config(
-            create_app(repository, settings),
-            lifespan="on",
-            loop="auto",
-            http=Connection,
-            proxy_headers=False,  # nothing here asks who the client is
-            access_log=False,
-            server_header=False,
-            log_config=None,
-            log_level="warning",
-        )
-        host, port = listening.getsockname()[:2]
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            # uvicorn drains, then raises the signal once more for the handler that was there before its own: exit 0
-            signal.signal(signum, lambda *_: None)
-        _Server(config, announcement=_announcement(repository, host, port)).run(sockets=[listening])
+        if settings.workers == 1:
+            from service.alone import serve_alone  # the engine is loaded where models run, and nowhere else
 
+            serve_alone(path, settings, listening)
+        else:
+            from service.workers.supervisor import Supervisor
 
-@final
-class _Server(uvicorn.Server):
-    """Speaks when it listens, so that what it prints can be used at once."""
-
-    def __init__(self, config: uvicorn.Config, *, announcement: str) -> None:
-        super().__init__(config)
-        self._announcement = announcement
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            _say(self._announcement)
+            asyncio.run(Supervisor(path, settings, listening).run())
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -93,59 +54,3 @@ def _listening(host: str, port: int) -> socket.socket:
         }.get(error.errno or 0, "--host takes an address of this machine")
         raise Refused(f"cannot listen on {host}:{port}: {error.strerror}; {hint}") from error
     return listening
-
-
-def _tell(entry: Entry) -> None:
-    if entry.live is None:
-        _say(f"  {entry.name}/{entry.version}  REFUSED  {entry.reason}")
-        return
-    live = entry.live
-    admitted = live.admitted
-    golden = "; ".join(
-        f"{admitted.golden_rows} golden samples replayed, {figure.name} within {figure.difference:.2g} of PyTorch "
-        f"({figure.bound:.2g} allowed)"
-        for figure in admitted.golden
-    )
-    bound = f" up to {live.batching.independence.bound:.2g}" if live.batching.independence.kind == "bounded" else ""
-    _say(f"  {entry.name}/{entry.version}  ready")
-    folded = sum(1 for fold in admitted.folds if fold.into)
-    _say(f"    structure     {len(admitted.batchnorms)} BatchNorm layers, all frozen, {folded} of them folded")
-    _say(
-        f"    digest        {'as the passport says' if admitted.bundle.passport else 'no passport: a plain ONNX file'}"
-    )
-    _say(f"    golden        {golden or 'no golden samples: equality with PyTorch is not known'}")
-    sizes = ", ".join(str(size) for size in live.batching.independence.batch_sizes)
-    _say(f"    independence  {live.batching.independence.kind}{bound}, in batches of {sizes}")
-
-
-def _announcement(repository: Repository, host: str, port: int) -> str:
-    """Addresses, and a call that works as printed."""
-    local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    address = f"http://{local}:{port}"
-    return f"""
-serving at    {address}
-API docs      {address}/docs
-
-Try it:
-
-{_call(repository, address)}
-"""
-
-
-def _call(repository: Repository, address: str) -> str:
-    sendable = [
-        live for live in repository.models if all(spec.datatype != "FP16" for spec in live.admitted.signature.inputs)
-    ]
-    if not sendable:
-        return "float16 has no JSON form in the protocol, so there is no call to print; export the network in float32"
-    live = next((live for live in sendable if live.reader is not None), sendable[0])
-    if live.reader is not None:
-        path = "/predict" if len(repository.models) == 1 else f"/models/{live.name}/predict"
-        body = orjson.dumps(live.admitted.signature.example()).decode()
-    else:
-        path, body = f"/v2/models/{live.name}/infer", orjson.dumps(infer_example(live)).decode()
-    return f"curl {address}{path} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
-
-
-def _say(text: str) -> None:
-    print(text, flush=True, file=sys.stdout)

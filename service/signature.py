@@ -249,7 +249,7 @@ class SampleReader:
     ) -> Accepted:
         tensors: dict[str, NDArray[Any]] = {CONTINUOUS: continuous[np.newaxis], CATEGORICAL: categorical[np.newaxis]}
         return Accepted(
-            tensors=tuple(tensors[name] for name in self._tensor_order), rows=1, served_as_missing=served_as_missing
+            tensors=tuple([tensors[name] for name in self._tensor_order]), rows=1, served_as_missing=served_as_missing
         )
 
     def _careful(self, sample: object) -> Accepted:

@@ -51,7 +51,7 @@ def serve() -> Iterator[Serve]:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
-            if line.startswith("curl"):
+            if "curl http" in line:
                 break
         killer.cancel()
         printed = "".join(lines)

@@ -11,6 +11,7 @@ import orjson
 from service.errors import DuplicateKey, MalformedJson, RequestError
 
 _LARGE_BYTES = 4096
+_NESTED = (dict, list)
 
 NULL_FOR_MISSING = "null stands for a missing value, in a feature that takes one"
 BINARY_FOR_NAN = "send the tensor in its binary form, with 'binary_data_size' in its parameters"
@@ -68,12 +69,11 @@ def count(text: bytes, character: bytes) -> int:
 
 def _colons(value: Any) -> int:
     """How many colons the JSON of this value has, by its keys and its strings. Of lists only those of objects count."""
-    kind = type(value)
-    if kind is str:
-        return int(value.count(":"))
-    if kind is dict:
-        return sum(1 + int(key.count(":")) + _colons(item) for key, item in value.items())
-    return sum(map(_colons, value)) if kind is list and value and type(value[0]) is dict else 0
+    if type(value) is dict:
+        strings = [*value, *[item for item in value.values() if type(item) is str]]
+        nested = [item for item in value.values() if type(item) in _NESTED]
+        return len(value) + "".join(strings).count(":") + sum(map(_colons, nested))
+    return sum(map(_colons, value)) if type(value) is list and value and type(value[0]) is dict else 0
 
 
 def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -75,7 +75,7 @@ def test_a_size_that_admission_did_not_try_and_that_rounds_otherwise_is_found(nu
 
 def test_company_must_not_cost_more_than_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     """No larger batch is made than runs in the time allowed; what is long for the loop gets a thread."""
-    monkeypatch.setattr(rehearsal, "LONGEST_BATCH_S", 0.015)
+    monkeypatch.setattr(rehearsal, "LONGEST_RUN_S", 0.015)
     batching = rehearse(admitted(Rehearsed(row_s=0.0012)), "exact")
     assert batching.max_rows == 8
     assert batching.inline_rows == 1

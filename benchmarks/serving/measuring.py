@@ -1,0 +1,130 @@
+"""The rounds: every server started, checked, driven and stopped, in an order that turns; what was measured, as it came.
+
+Rule 1: nothing is retried. A cell with one answer that is not 2xx, or one socket error, is kept and is invalid.
+Rule 2: a server that fails to start or answers wrong is a run with a reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.serving import in_process
+from benchmarks.serving.answers import Client, WrongAnswer
+from benchmarks.serving.installing import EVALMODE
+from benchmarks.serving.load import WARM_UP_S, WrkFailed, driven, write_bodies
+from benchmarks.serving.process import DidNotStart, Running, free_port, machine_cpu_s
+from benchmarks.serving.records import Cell, InProcess, Run
+from benchmarks.serving.servers import ECHO, Server
+from benchmarks.serving.wire import Wire, constant
+from benchmarks.serving.workloads import BUILD, CROWD, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How long and how often."""
+
+    rounds: int
+    seconds: int
+    connections: tuple[int, ...] | None = None
+    """In place of each workload's own."""
+
+    def connections_of(self, workload: Workload, server: Server) -> tuple[int, ...]:
+        crowd = (CROWD,) if workload.crowd and server.name == EVALMODE else ()
+        return (self.connections or workload.connections) + crowd
+
+
+Tell = Callable[[str], None]
+
+
+def turned(servers: Sequence[Server], round_number: int) -> list[Server]:
+    """The order of a round: each begins in another round."""
+    start = round_number % len(servers)
+    return [*servers[start:], *servers[:start]]
+
+
+def steps(
+    workloads: Sequence[Workload], servers: Sequence[Server], rounds: int
+) -> Iterator[tuple[Workload, int, Server]]:
+    """What is measured, in order."""
+    for workload in workloads:
+        taking_part = [server for server in servers if isinstance(server.asked[workload.name], Wire)]
+        for round_number in range(rounds):
+            for server in turned(taking_part, round_number):
+                yield workload, round_number, server
+
+
+def measured_run(
+    workload: Workload, round_number: int, server: Server, *, programs: Path, settings: Settings, tell: Tell
+) -> Run:
+    """One server in one round."""
+    wire = server.asked[workload.name]
+    assert isinstance(wire, Wire)
+    requests = workload.requests(wire)
+    bodies, echoed = BUILD / "bodies", BUILD / "constant.json"
+    write_bodies(bodies, requests)
+    echoed.write_text(json.dumps(constant(wire, workload.name, workload.expected[0])))
+    port = free_port()
+    url = server.url(workload, port)
+    cells: list[Cell] = []
+    first_answer_s = None
+    client = Client(url, workload, requests, echo=server.name == ECHO)
+    failure = None
+    try:
+        with server.started(workload, port, programs=programs, constant=echoed) as running:
+            first_answer_s = running.first_answer_s(client.first_wrong)
+            client.check_all()
+            for connections in settings.connections_of(workload, server):
+                driven(url, bodies, connections=connections, seconds=WARM_UP_S)
+                cell = _cell(running, url, bodies, connections, settings.seconds)
+                cells.append(cell)
+                tell(f"{connections:>5} connections  {_said(cell)}")
+    except (DidNotStart, WrongAnswer, WrkFailed) as error:
+        failure = f"{type(error).__name__}: {error}"
+        tell(failure)
+    finally:
+        client.close()
+    return Run(
+        workload=workload.name, round=round_number, server=server.name, first_answer_s=first_answer_s,
+        cells=tuple(cells), failure=failure,
+    )  # fmt: skip
+
+
+def measured_in_process(workload: Workload, round_number: int, seconds: int) -> list[InProcess]:
+    """With one thread, and with all that evalmode may use."""
+    return [
+        InProcess(workload=workload.name, round=round_number, threads=threads, **in_process.timed(
+            workload, threads=threads, seconds=seconds
+        ))
+        for threads in in_process.threads()
+    ]  # fmt: skip
+
+
+def _cell(running: Running, url: str, bodies: Path, connections: int, seconds: int) -> Cell:
+    began, before_s, machine_before_s = time.perf_counter(), running.cpu_s(), machine_cpu_s()
+    load = driven(url, bodies, connections=connections, seconds=seconds)
+    used_s, machine_s = running.cpu_s() - before_s, machine_cpu_s() - machine_before_s
+    return Cell(
+        connections=connections,
+        requests=load.requests,
+        requests_per_s=load.requests_per_s,
+        p50_ms=load.p50_ms,
+        p99_ms=load.p99_ms,
+        p999_ms=load.p999_ms,
+        cpu_s_per_1000=used_s / max(load.requests, 1) * 1000,
+        memory_mb=running.pss_mb(),
+        strangers_cpus=max(0.0, machine_s - used_s - load.cpu_s) / (time.perf_counter() - began),
+        errors=load.non_2xx + load.socket_errors,
+    )
+
+
+def _said(cell: Cell) -> str:
+    errors = "" if cell.valid else f"  INVALID: {cell.requests} answers, {cell.errors} errors"
+    return f"{cell.requests_per_s:>9,.0f}/s  p50 {cell.p50_ms:.2f} ms  p99 {cell.p99_ms:.2f} ms{errors}"
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

@@ -1,0 +1,213 @@
+"""What stays as it is: an idle server, one model among fifty, memory over many images, health beside a slow model.
+
+Question: what does `evalmode serve` cost when nothing happens, and what does one caller feel of the others?
+Quantities: CPU seconds of an idle server in ten seconds; the median latency of one model when it is the only one and
+when 49 others are served beside it, in alternating rounds; resident memory after 1,000 and after 10,000 requests with
+an image of 3x224x224 in binary, and after 100 and 1,000 in JSON; the slowest of 50 health checks while a model of about
+half a second runs.
+Limits: no CPU; a ratio of 1; no growth; milliseconds.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.environment import environment
+
+MODELS = 50
+ROUNDS = 5
+IDLE_S = 10
+JSON_HEADERS = {"Content-Type": "application/json"}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        report = {
+            **idle(root),
+            **one_among_many(root),
+            **images(root),
+            **health_beside_a_slow_model(root),
+            **environment(),
+        }
+    print(json.dumps(report))
+
+
+def idle(root: Path) -> dict[str, float]:
+    with serving(saved(root, "dense", dense([30, 200, 100, 2]))) as (port, process):
+        ask(port, "dense", np.zeros((1, 30), np.float32), 100)
+        before_s = cpu_s(process)
+        time.sleep(IDLE_S)
+        used_s = cpu_s(process) - before_s
+    print(f"an idle server used {used_s:.2f} s of CPU in {IDLE_S} s")
+    return {"idle_cpu_s": round(used_s, 2)}
+
+
+def one_among_many(root: Path) -> dict[str, float]:
+    """The ratio of the medians of each round, and its median."""
+    models = root / "many"
+    graph = dense([30, 200, 100, 2])
+    for number in range(MODELS):
+        (models / f"dense{number}" / "1").mkdir(parents=True)
+        onnx.save(graph, models / f"dense{number}" / "1" / "model.onnx")
+    row = np.ones((1, 30), np.float32)
+    with serving(models / "dense0") as (one, _), serving(models) as (many, _):
+        ratios = []
+        for _ in range(ROUNDS):
+            alone_s = statistics.median(ask(one, "dense0", row, 2000))
+            ratios.append(statistics.median(ask(many, "dense0", row, 2000)) / alone_s)
+    ratio = statistics.median(ratios)
+    print(f"with {MODELS} models served, the latency of one is {ratio:.2f} times what it is alone")
+    return {"latency_among_50_models": round(ratio, 3)}
+
+
+def images(root: Path) -> dict[str, float]:
+    report = {}
+    image = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
+    with serving(saved(root, "pixels", pooled())) as (port, process):
+        for form, count in (("binary", 10_000), ("json", 1000)):
+            ask(port, "pixels", image, count // 10, binary=form == "binary")
+            early = resident_mb(process)
+            ask(port, "pixels", image, count - count // 10, binary=form == "binary")
+            growth_mb = report[f"{form}_growth_mb"] = round(resident_mb(process) - early, 1)
+            print(f"{count} images in {form}: memory {growth_mb:+.1f} MB after the first {count // 10}")
+    return report
+
+
+def health_beside_a_slow_model(root: Path) -> dict[str, float]:
+    with serving(saved(root, "slow", dense([4000] * 60))) as (port, _):
+        run_s: list[float] = []
+        slow = threading.Thread(target=lambda: run_s.extend(ask(port, "slow", np.ones((1, 4000), np.float32), 3)))
+        slow.start()
+        checks_s: list[float] = []
+        while slow.is_alive() and len(checks_s) < 50:
+            checks_s.append(get_s(port, "/v2/health/live"))
+            time.sleep(0.02)
+        slow.join()
+    slowest_ms = max(checks_s) * 1e3
+    print(f"beside runs of {max(run_s):.2f} s, the slowest of {len(checks_s)} health checks took {slowest_ms:.1f} ms")
+    return {"slow_run_s": round(max(run_s), 3), "slowest_health_ms": round(slowest_ms, 2)}
+
+
+def ask(port: int, model: str, x: np.ndarray, times: int, *, binary: bool = False) -> list[float]:
+    """Seconds of each of so many predictions over one connection."""
+    tensor = {"name": "x", "shape": list(x.shape), "datatype": "FP32"}
+    headers = JSON_HEADERS
+    if binary:
+        head = json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": x.nbytes}}]}).encode()
+        body = head + x.tobytes()
+        headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+    else:
+        body = json.dumps({"inputs": [{**tensor, "data": x.ravel().tolist()}]}).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        connection.request("POST", f"/v2/models/{model}/infer", body, headers)
+        response = connection.getresponse()
+        said = response.read()
+        seconds.append(time.perf_counter() - start)
+        if response.status != 200:
+            raise SystemExit(f"{model}: {response.status} {said[:300]!r}")
+    connection.close()
+    return seconds
+
+
+def get_s(port: int, path: str) -> float:
+    start = time.perf_counter()
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", path)
+    connection.getresponse().read()
+    connection.close()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def serving(path: Path) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    command = [shutil.which("evalmode", path=str(Path(sys.executable).parent)) or "evalmode", "serve", str(path)]
+    process = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("serving at"):
+                yield int(line.rsplit(":", 1)[1]), process
+                return
+        raise SystemExit(f"{path} was not served")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)
+
+
+def cpu_s(process: subprocess.Popen[str]) -> float:
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+def resident_mb(process: subprocess.Popen[str]) -> float:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+
+
+def saved(root: Path, name: str, model: onnx.ModelProto) -> Path:
+    path = root / f"{name}.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def dense(widths: Sequence[int]) -> onnx.ModelProto:
+    """Gemm and ReLU; layers of the same shape share one weight."""
+    generator = np.random.default_rng(1)
+    shapes = sorted(set(itertools.pairwise(widths)))
+    weights = {f"w{a}x{b}": generator.normal(0, a**-0.5, (a, b)).astype(np.float32) for a, b in shapes}
+    nodes, name = [], "x"
+    for layer, (a, b) in enumerate(itertools.pairwise(widths)):
+        nodes += [
+            helper.make_node("MatMul", [name, f"w{a}x{b}"], [f"h{layer}"]),
+            helper.make_node("Relu", [f"h{layer}"], [f"r{layer}"]),
+        ]
+        name = f"r{layer}"
+    nodes.append(helper.make_node("Identity", [name], ["y"]))
+    return _model(nodes, ["batch", widths[0]], ["batch", widths[-1]], weights)
+
+
+def pooled() -> onnx.ModelProto:
+    """The mean of each channel: as little computing as an image allows."""
+    nodes = [helper.make_node("GlobalAveragePool", ["x"], ["p"]), helper.make_node("Flatten", ["p"], ["y"])]
+    return _model(nodes, ["batch", 3, 224, 224], ["batch", 3], {})
+
+
+def _model(
+    nodes: Sequence[onnx.NodeProto],
+    x: Sequence[str | int],
+    y: Sequence[str | int],
+    weights: dict[str, np.ndarray],
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "steady",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, y)],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+if __name__ == "__main__":
+    main()

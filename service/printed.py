@@ -1,0 +1,99 @@
+"""What `evalmode serve` prints: what became of each version, and how to call the service."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import orjson
+
+from service.numerics import made_up_rows
+from service.openapi import infer_example
+from service.protocol.v2 import BINARY_OUTPUTS, BINARY_SIZE
+from service.repository import Entry, Live, Repository
+
+
+def say(text: str) -> None:
+    print(text, flush=True, file=sys.stdout)
+
+
+def tell(entry: Entry) -> None:
+    """A version, as soon as it is decided."""
+    if entry.live is None:
+        say(f"  {entry.name}/{entry.version}  REFUSED  {entry.reason}")
+        return
+    live = entry.live
+    admitted = live.admitted
+    golden = "; ".join(
+        f"{admitted.golden_rows} golden samples replayed, {figure.name} within {figure.difference:.2g} of PyTorch "
+        f"({figure.bound:.2g} allowed)"
+        for figure in admitted.golden
+    )
+    bound = f" up to {live.batching.independence.bound:.2g}" if live.batching.independence.kind == "bounded" else ""
+    say(f"  {entry.name}/{entry.version}  ready")
+    folded = sum(1 for fold in admitted.folds if fold.into)
+    say(f"    structure     {len(admitted.batchnorms)} BatchNorm layers, all frozen, {folded} of them folded")
+    say(f"    digest        {'as the passport says' if admitted.bundle.passport else 'no passport: a plain ONNX file'}")
+    say(f"    golden        {golden or 'no golden samples: equality with PyTorch is not known'}")
+    sizes = ", ".join(str(size) for size in live.batching.independence.batch_sizes)
+    say(f"    independence  {live.batching.independence.kind}{bound}, in batches of {sizes}")
+
+
+def announcement(repository: Repository, host: str, port: int, *, workers: int) -> str:
+    """Addresses, and a call that works as printed."""
+    local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    address = f"http://{local}:{port}"
+    several = f"\nworkers       {workers}" if workers > 1 else ""
+    return f"""
+serving at    {address}
+API docs      {address}/docs{several}
+
+Try it:
+
+{_call(repository, address)}
+"""
+
+
+LONGEST_CALL = 2000
+"""Characters of a call that people can still read; a larger one sends zeros in binary."""
+
+
+def _call(repository: Repository, address: str) -> str:
+    live = next((live for live in repository.models if live.reader is not None), repository.models[0])
+    if live.reader is not None:
+        path = "/predict" if len(repository.models) == 1 else f"/models/{live.name}/predict"
+        body = orjson.dumps(live.admitted.signature.example()).decode()
+    else:
+        path = f"/v2/models/{live.name}/infer"
+        if any(spec.datatype == "FP16" for spec in live.admitted.signature.inputs):
+            return _binary_call(live, address + path)
+        body = orjson.dumps(infer_example(live)).decode()
+        if len(body) > LONGEST_CALL and all(spec.datatype != "BYTES" for spec in live.admitted.signature.inputs):
+            return _binary_call(live, address + path)
+    return f"curl {address}{path} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+
+
+def _binary_call(live: Live, url: str) -> str:
+    """One row of zeros, in binary, for a shell of any kind."""
+    signature = live.admitted.signature
+    rows = made_up_rows(signature.inputs, count=1)
+    size = sum(row.nbytes for row in rows)
+    request: dict[str, object] = {
+        "inputs": [
+            {
+                "name": spec.name,
+                "shape": row.shape,
+                "datatype": spec.datatype,
+                "parameters": {BINARY_SIZE: row.nbytes},
+            }
+            for spec, row in zip(signature.inputs, rows, strict=True)
+        ]
+    }
+    if any(spec.datatype == "FP16" for spec in signature.outputs):
+        request["parameters"] = {BINARY_OUTPUTS: True}
+    head = orjson.dumps(request).decode()
+    return (
+        f"{{ printf %s {shlex.quote(head)}; head -c {size} /dev/zero; }} |\n"
+        f"curl {url} -H 'Content-Type: application/octet-stream' "
+        f"-H 'Inference-Header-Content-Length: {len(head)}' --data-binary @-"
+    )

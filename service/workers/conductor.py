@@ -1,0 +1,155 @@
+"""Keeps several workers in step: they serve the same models, and count together.
+
+Rule 1: the first worker decides what is served. Every other, also one that takes a dead one's place, loads the same
+    bytes before it listens; what was changed meanwhile it loads anew.
+Rule 2: models change one at a time, in two steps: all admit, then all settle on the same verdicts. A worker that dies
+    between the two is replaced by one that is told what was settled.
+Rule 3: who asks gets the answer when all have done it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any, final
+
+from service.errors import EvalmodeError, LoadRefused, NotReady
+from service.statistics import Document
+from service.workers.channel import Channel, Facts, Gone
+from service.workers.tally import Tally
+from service.workers.verdicts import Verdict, joint, settled
+
+STATISTICS_LIMIT_S = 2.0
+"""A worker that does not answer in this time counts as last heard."""
+
+
+@final
+class Conductor:
+    """Knows what is served, and asks the workers; each is known by its channel."""
+
+    def __init__(self) -> None:
+        self.workers: set[Channel] = set()
+        """Those that serve."""
+        self._decided = asyncio.Event()
+        self._verdicts: dict[str, tuple[Verdict, ...]] = {}
+        """What is served, by model; empty until the first worker has decided."""
+        self._changing = asyncio.Lock()
+        """Held while what is served changes, and while a worker begins to serve it."""
+        self._changes = 0
+        self._tally = Tally()
+
+    @property
+    def decided(self) -> bool:
+        """The first worker has said what is served."""
+        return self._decided.is_set()
+
+    async def join(self, worker: Channel, *, first: bool, **facts: object) -> Facts:
+        """Have a worker load what is served, and listen.
+
+        Args:
+            first: it decides, if nobody has yet.
+            facts: what and how to load.
+
+        Returns:
+            What it said when it was prepared.
+
+        Raises:
+            EvalmodeError: it cannot serve that.
+            Gone: it died.
+        """
+        if not first:
+            await self._decided.wait()
+        while True:
+            wanted = self._all_verdicts() if self.decided else None
+            said: Facts = await worker.ask("prepare", verdicts=wanted, **facts)
+            async with self._changing:
+                if wanted is not None and wanted != self._all_verdicts():
+                    continue
+                await worker.ask("listen")
+                self.workers.add(worker)
+                if wanted is None:
+                    self._verdicts = _by_model(Verdict(**verdict) for verdict in said["verdicts"])
+                    self._decided.set()
+                return said
+
+    def leave(self, worker: Channel) -> None:
+        """A worker serves no more; what it counted stays counted."""
+        self.workers.discard(worker)
+        self._tally.end(worker)
+
+    async def answer(self, question: str, facts: Facts) -> object:
+        """What a worker asks on behalf of its client."""
+        match question:
+            case "load":
+                await self._load(facts["model"])
+                return None
+            case "unload":
+                await self._unload(facts["model"])
+                return None
+            case "statistics":
+                return await self._statistics()
+        raise AssertionError(question)
+
+    async def _load(self, model: str) -> None:
+        async with self._changing:
+            try:
+                found = await self._ask_all("admit", model=model)
+            except EvalmodeError:
+                await self._ask_all("settle", model=model, verdicts=[])
+                raise
+            new = joint([[Verdict(**verdict) for verdict in verdicts] for verdicts in found])
+            await self._ask_all("settle", model=model, verdicts=new)
+            self._verdicts[model] = settled(self._verdicts.get(model, ()), new)
+            if any(verdict.ready for verdict in new):
+                self._forget_counts(model)
+        if not new[0].ready:
+            raise LoadRefused(model=model, version=new[0].version, reason=new[0].reason)
+
+    async def _unload(self, model: str) -> None:
+        async with self._changing:
+            verdicts = (await self._ask_all("unload", model=model))[0]
+            self._verdicts[model] = tuple(Verdict(**verdict) for verdict in verdicts)
+            self._forget_counts(model)
+
+    async def _statistics(self) -> list[Document]:
+        async def hear(worker: Channel) -> None:
+            try:
+                counted = await asyncio.wait_for(worker.ask("statistics"), STATISTICS_LIMIT_S)
+            except (TimeoutError, Gone):
+                return
+            if worker in self.workers and changes == self._changes:  # else it may be of a model that is there no more
+                self._tally.hear(worker, counted)
+
+        changes = self._changes
+        await asyncio.gather(*map(hear, self.workers))
+        return self._tally.total()
+
+    def _forget_counts(self, model: str) -> None:
+        self._changes += 1
+        self._tally.forget(model)
+
+    async def _ask_all(self, question: str, **facts: object) -> list[Any]:
+        """The answers of all who serve; one that died meanwhile has none, and is replaced.
+
+        Raises:
+            EvalmodeError: the first refusal, after all have answered.
+            NotReady: nobody is left.
+        """
+        asked = [worker.ask(question, **facts) for worker in self.workers]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, Gone):
+                raise answer
+        answers = [answer for answer in answers if not isinstance(answer, Gone)]
+        if not answers:
+            raise NotReady("the workers died; others take their place, so send it again")
+        return answers
+
+    def _all_verdicts(self) -> list[Verdict]:
+        return [verdict for name in sorted(self._verdicts) for verdict in self._verdicts[name]]
+
+
+def _by_model(verdicts: Iterable[Verdict]) -> dict[str, tuple[Verdict, ...]]:
+    """Those of one model stand together."""
+    return {name: tuple(of_one) for name, of_one in groupby(verdicts, lambda verdict: verdict.name)}

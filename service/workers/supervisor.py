@@ -1,0 +1,144 @@
+"""The process that starts, replaces and stops several others that serve on its one socket.
+
+Rule 1: it never serves and never loads a model; it holds the socket, so that connections wait, not fail.
+Rule 2: a worker that ends is replaced, with growing pauses where that does not help; when none at all can be started,
+    the supervisor says why and ends.
+Rule 3: workers have sessions of their own, so a signal reaches them only through the supervisor; when that is gone,
+    they see their channel end and stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import final
+
+from service.errors import EvalmodeError, Refused
+from service.settings import Settings
+from service.workers.channel import Channel, Gone
+from service.workers.conductor import Conductor
+
+STEADY_S = 10.0
+"""A worker that served this long did not fail at its start."""
+
+HOPELESS = 3
+"""Failures in a row after which the service ends, if nobody else serves."""
+
+_log = logging.getLogger(__name__)
+
+
+def pause_s(failures: int) -> float:
+    """How long to wait before a worker is started again: not at all the first time, then 1, 2, 4, ... 30 seconds."""
+    return 0.0 if failures <= 1 else min(30.0, 2.0 ** min(failures - 2, 5))
+
+
+@final
+class Supervisor:
+    """Keeps as many workers as the settings say."""
+
+    def __init__(self, path: Path, settings: Settings, listening: socket.socket) -> None:
+        self._settings = settings
+        self._listening = listening
+        self._facts = {"path": str(path), "settings": settings.model_dump(mode="json")}
+        self._conductor = Conductor()
+        self._processes: set[asyncio.subprocess.Process] = set()
+        self._announced = False
+
+    async def run(self) -> None:
+        """Serve until SIGINT or SIGTERM.
+
+        Raises:
+            WrongCall, Refused: as the first worker said, or no worker can be started.
+        """
+        stop = asyncio.Event()
+
+        def end(signum: signal.Signals) -> None:
+            if stop.is_set() and signum == signal.SIGINT:  # the second Ctrl-C: what is being answered is given up
+                for process in self._processes:
+                    process.kill()
+            stop.set()
+
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(signum, end, signum)
+        stopped = asyncio.create_task(stop.wait())
+        kept = [asyncio.create_task(self._keep(first=i == 0)) for i in range(self._settings.workers)]
+        done, _ = await asyncio.wait([stopped, *kept], return_when=asyncio.FIRST_COMPLETED)
+        self._listening.close()  # who comes now is refused at once
+        for task in (stopped, *kept):
+            task.cancel()
+        await asyncio.wait([stopped, *kept])
+        for ended in done - {stopped}:
+            ended.result()
+
+    async def _keep(self, *, first: bool) -> None:
+        """Start a worker, and another one whenever it ends.
+
+        Raises:
+            EvalmodeError: the first worker's answer is no, or none can be started.
+        """
+        failures = 0
+        while True:
+            served_s, why = await self._one(first=first)
+            failures = 0 if served_s > STEADY_S else failures + 1
+            if failures >= HOPELESS and not served_s and not self._conductor.workers:
+                raise Refused(f"no worker can be started: {failures} in a row failed, and the last one {why}")
+            _log.warning("a worker %s; another takes its place in %.0f s", why, pause_s(failures))
+            await asyncio.sleep(pause_s(failures))
+
+    async def _one(self, *, first: bool) -> tuple[float, str]:
+        """Run a worker to its end; how long it served, and why it ended."""
+        process, channel = await self._started()
+        serves_from_s: float | None = None
+        why = ""
+        try:
+            said = await self._conductor.join(channel, first=first, **self._facts)
+            serves_from_s = time.monotonic()
+            self._announce(said["announcement"])
+            await process.wait()
+        except Gone:
+            await process.wait()
+        except EvalmodeError as error:
+            if not self._conductor.decided:
+                raise
+            why = f"cannot serve: {error}"
+        finally:
+            self._conductor.leave(channel)
+            if process.returncode is None:
+                process.terminate()
+            code = await process.wait()
+            await channel.close()
+            self._processes.discard(process)
+        served_s = 0.0 if serves_from_s is None else time.monotonic() - serves_from_s
+        return served_s, why or (
+            f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        )
+
+    async def _started(self) -> tuple[asyncio.subprocess.Process, Channel]:
+        ours, its = socket.socketpair()
+        with its:
+            inherited = (its.fileno(), self._listening.fileno())
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",  # the user's folder is no place to import from: it may have a `service` of its own
+                "-m",
+                "service.workers.start_worker",
+                *map(str, inherited),
+                pass_fds=inherited,
+                stdin=asyncio.subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                start_new_session=True,
+            )
+        self._processes.add(process)
+        return process, await Channel.over(ours, self._conductor.answer)
+
+    def _announce(self, said: str) -> None:
+        """Once, when all serve."""
+        if not self._announced and len(self._conductor.workers) == self._settings.workers:
+            self._announced = True
+            print(said, flush=True)

@@ -1,0 +1,37 @@
+"""Counts of processes that come and go, so that no total goes backwards.
+
+A process that ends takes its counts with it; what it was last heard to have counted stays in the total. What it counted
+after that is lost.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+from service.statistics import Document, summed
+
+
+@final
+class Tally:
+    """What was last heard of each process, and of those that are gone."""
+
+    def __init__(self) -> None:
+        self._heard: dict[object, list[Document]] = {}
+        self._gone: list[Document] = []
+
+    def hear(self, process: object, documents: list[Document]) -> None:
+        self._heard[process] = documents
+
+    def end(self, process: object) -> None:
+        """It will not be heard again; what it said stays."""
+        self._gone = summed([*self._gone, *self._heard.pop(process, [])])
+
+    def forget(self, model: str) -> None:
+        """It was loaded anew or unloaded: its counts begin at zero."""
+        self._gone = [one for one in self._gone if one["name"] != model]
+        self._heard = {
+            process: [one for one in documents if one["name"] != model] for process, documents in self._heard.items()
+        }
+
+    def total(self) -> list[Document]:
+        return summed([*self._gone, *(one for documents in self._heard.values() for one in documents)])

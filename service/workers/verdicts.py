@@ -1,0 +1,58 @@
+"""What became of a version of a model, in words that every process understands, and what several make of theirs.
+
+Rule 1: all processes end in the same state: what each of them admitted is served by all, anything else by none.
+Rule 2: a version is the same in two processes only if its files were the same, byte for byte.
+Rule 3: nothing here reads files or knows an engine; a verdict crosses between processes as JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+TORN = "not admitted: its files changed while the workers read them; load it again"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """A version that was looked at: an `Entry` without what only its own process can hold."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str = ""
+    digest: str = ""
+    """Of all its files, where it is ready."""
+
+    @property
+    def ready(self) -> bool:
+        return self.state == "READY"
+
+
+def joint(found: Sequence[Sequence[Verdict]]) -> tuple[Verdict, ...]:
+    """What all processes will hold a model to be.
+
+    Args:
+        found: for each process, at least one, what it made of the model: at least one version, newest first.
+    """
+    first = found[0]
+    if all(_essence(other) == _essence(first) for other in found):
+        return tuple(first)
+    for verdicts in found:
+        if not verdicts[0].ready:
+            return (verdicts[0],)
+    return (replace(first[0], state="UNAVAILABLE", reason=TORN, digest=""),)
+
+
+def _essence(verdicts: Sequence[Verdict]) -> list[tuple[str, str, str]]:
+    """All but the reason, which may have a figure that is measured anew each time."""
+    return [(verdict.version, verdict.state, verdict.digest) for verdict in verdicts]
+
+
+def settled(before: Sequence[Verdict], new: Sequence[Verdict]) -> tuple[Verdict, ...]:
+    """What a model is after `new`: where nothing of that is ready, it goes on as it was. `Repository.swap` does so."""
+    if any(verdict.ready for verdict in new):
+        return tuple(new)
+    return (*new, *(verdict for verdict in before if verdict.ready))

@@ -1,0 +1,181 @@
+"""One of several processes that serve, under a supervisor.
+
+Rule 1: it does what the supervisor asks, in this order: `prepare`, `listen`; from then on `admit` and `settle`,
+    `unload`, `statistics`. It serves nothing before `listen`, so whoever answers is ready.
+Rule 2: `admit` changes nothing that is served; `settle` cannot fail. So several workers can do both or neither.
+Rule 3: when the supervisor is gone, it stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, final
+
+from service.alone import loaded, placed
+from service.app import create_app
+from service.bundle import Bundle
+from service.errors import NotReady, Refused
+from service.http_server import SharingServer
+from service.printed import announcement
+from service.repository import Entry, Repository, load_these
+from service.settings import Settings
+from service.statistics import Document
+from service.workers.channel import Channel, Facts, Gone
+from service.workers.verdicts import Verdict
+
+ORPHAN_LIMIT_S = 5.0
+"""What is being answered when the supervisor is found gone may still take this long."""
+
+
+@final
+class Worker:
+    """One of several."""
+
+    def __init__(self, listening: socket.socket) -> None:
+        self._listening = listening
+        self._candidates: dict[str, tuple[Entry, ...]] = {}
+
+    async def work(self, connected: socket.socket) -> None:
+        self._supervisor = await Channel.over(connected, self._answer)
+        async with asyncio.TaskGroup() as self._tasks:  # ends the process if serving fails
+            self._tasks.create_task(self._stop_when_orphaned())
+
+    async def _stop_when_orphaned(self) -> None:
+        await self._supervisor.gone()
+        asyncio.get_running_loop().call_later(ORPHAN_LIMIT_S, os._exit, 1)
+        signal.raise_signal(signal.SIGTERM)  # to uvicorn, which drains and ends the process; without it, the end
+        await asyncio.Event().wait()
+
+    async def _answer(self, question: str, facts: Facts) -> object:
+        match question:
+            case "prepare":
+                return await self._prepare(Path(facts["path"]), Settings(**facts["settings"]), facts["verdicts"])
+            case "listen":
+                await self._listen()
+                return None
+            case "admit":
+                return await asyncio.to_thread(self._admit, facts["model"])
+            case "settle":
+                self._settle(facts["model"], [Verdict(**verdict) for verdict in facts["verdicts"]])
+                return None
+            case "unload":
+                self._repository.unload(facts["model"])
+                return _verdicts(entry for entry in self._repository.entries if entry.name == facts["model"])
+            case "statistics":
+                return self._statistics()
+        raise AssertionError(question)
+
+    async def _prepare(self, path: Path, settings: Settings, verdicts: Sequence[Any] | None) -> Facts:
+        """Load what the others serve, or, as the first, what is to be served."""
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s (worker %(process)d): %(message)s",
+        )
+        self._settings = settings
+        if verdicts is None:
+            self._repository = await asyncio.to_thread(loaded, path, settings)
+            verdicts = await asyncio.to_thread(_verdicts, self._repository.entries)
+        else:
+            wanted = [Verdict(**verdict) for verdict in verdicts]
+            self._repository = await asyncio.to_thread(_loaded_as, path, settings, wanted)
+        host, port = self._listening.getsockname()[:2]
+        said = announcement(self._repository, host, port, workers=settings.workers)
+        return {"verdicts": verdicts, "announcement": said}
+
+    async def _listen(self) -> None:
+        listens = asyncio.Event()
+        crew = OneOfSeveral(self._supervisor)
+        server = SharingServer(create_app(self._repository, self._settings, crew), listens.set)
+        self._tasks.create_task(server.serve(sockets=[self._listening]))
+        await listens.wait()
+
+    def _admit(self, model: str) -> list[Verdict]:
+        """May take long, so it is called in a thread; the supervisor has one model admitted at a time."""
+        self._candidates[model] = self._repository.admit(model)
+        return _verdicts(self._candidates[model])
+
+    def _settle(self, model: str, verdicts: Sequence[Verdict]) -> None:
+        """Serve what all agreed on, or, where that is nothing, forget what was admitted."""
+        candidates = {entry.version: entry for entry in self._candidates.pop(model, ())}
+        if verdicts:
+            self._repository.swap(model, tuple(candidates[it.version] if it.ready else _refused(it) for it in verdicts))
+
+    def _statistics(self) -> list[Document]:
+        return [live.statistics.document(name=live.name, version=live.version) for live in self._repository.models]
+
+
+@final
+class OneOfSeveral:
+    """A crew of several processes: what one is asked, the supervisor asks all."""
+
+    def __init__(self, supervisor: Channel) -> None:
+        self._supervisor = supervisor
+
+    async def load(self, model: str) -> None:
+        await self._ask("load", model=model)
+
+    async def unload(self, model: str) -> None:
+        await self._ask("unload", model=model)
+
+    async def statistics(self) -> list[Document]:
+        counted: list[Document] = await self._ask("statistics")
+        return counted
+
+    async def _ask(self, question: str, **facts: object) -> Any:
+        try:
+            return await self._supervisor.ask(question, **facts)
+        except Gone as gone:
+            raise NotReady("the service is being stopped") from gone
+
+
+def _loaded_as(path: Path, settings: Settings, verdicts: Sequence[Verdict]) -> Repository:
+    """What other processes serve, and nothing else, whatever lies beside it by now.
+
+    Raises:
+        WrongCall, Refused: it is not there any more.
+    """
+    placement = placed(settings)
+    wanted = {(verdict.name, verdict.version) for verdict in verdicts if verdict.ready}
+    found = (
+        {(entry.name, entry.version): entry for entry in load_these(path, placement, settings, wanted)}
+        if wanted
+        else {}
+    )
+    for verdict in verdicts:
+        entry = found.get((verdict.name, verdict.version))
+        if verdict.ready and (entry is None or _verdict(entry).digest != verdict.digest):
+            raise Refused(
+                f"version {verdict.version} of model '{verdict.name}' is not what the other workers serve: its files "
+                "were changed or removed since; put a version in its place and load it"
+            )
+    entries = [found[(it.name, it.version)] if it.ready else _refused(it) for it in verdicts]
+    return Repository(entries, path=path, placement=placement, settings=settings)
+
+
+def _refused(verdict: Verdict) -> Entry:
+    return Entry(name=verdict.name, version=verdict.version, state="UNAVAILABLE", reason=verdict.reason)
+
+
+def _verdict(entry: Entry) -> Verdict:
+    digest = "" if entry.live is None else _digest(entry.live.admitted.bundle)
+    return Verdict(name=entry.name, version=entry.version, state=entry.state, reason=entry.reason, digest=digest)
+
+
+def _verdicts(entries: Iterable[Entry]) -> list[Verdict]:
+    return [_verdict(entry) for entry in entries]
+
+
+def _digest(bundle: Bundle) -> str:
+    """Of every file that was read."""
+    whole = hashlib.sha256()
+    for path, content in sorted(bundle.contents.items()):
+        whole.update(f"{path}\0{len(content)}\0".encode())
+        whole.update(content)
+    return whole.hexdigest()

@@ -1,0 +1,517 @@
+"""What keeps several processes in step, in one process: verdicts, counts, the channel, and the conductor over it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from service import http_server
+from service.errors import EvalmodeError, Internal, LoadRefused, NotReady, Refused, UnknownModel
+from service.http_server import SharingServer
+from service.statistics import Document, Statistics
+from service.workers import conductor as conducting
+from service.workers.channel import Channel, Facts, Gone, restored
+from service.workers.conductor import Conductor
+from service.workers.supervisor import pause_s
+from service.workers.tally import Tally
+from service.workers.verdicts import TORN, Verdict, joint, settled
+from service.workers.worker import OneOfSeveral
+
+
+def ready(version: str, digest: str = "a1") -> Verdict:
+    return Verdict(name="credit", version=version, state="READY", digest=digest)
+
+
+def refused(version: str, reason: str = "refused at the golden door") -> Verdict:
+    return Verdict(name="credit", version=version, state="UNAVAILABLE", reason=reason)
+
+
+@pytest.mark.parametrize(
+    ("found", "together"),
+    [
+        pytest.param([[ready("2")], [ready("2")]], [ready("2")], id="all admit the same"),
+        pytest.param(
+            [[refused("3"), ready("2")], [refused("3"), ready("2")]], [refused("3"), ready("2")], id="all fall back"
+        ),
+        pytest.param(
+            [[refused("2", "0.31 off")], [refused("2", "0.32 off")]],
+            [refused("2", "0.31 off")],
+            id="a figure is measured anew in each",
+        ),
+        pytest.param([[ready("2")], [refused("2")]], [refused("2")], id="the second refuses"),
+        pytest.param([[refused("2"), ready("1")], [ready("2")]], [refused("2")], id="the first refuses"),
+        pytest.param([[ready("2", "a1")], [ready("2", "b2")]], [refused("2", TORN)], id="other bytes"),
+        pytest.param([[ready("2")], [ready("3")]], [refused("2", TORN)], id="another version"),
+    ],
+)
+def test_all_end_with_the_same_verdicts(found: list[list[Verdict]], together: list[Verdict]) -> None:
+    assert list(joint(found)) == together
+
+
+@pytest.mark.parametrize(
+    ("before", "new", "after"),
+    [
+        ([ready("1")], [ready("2")], [ready("2")]),
+        ([ready("1")], [refused("2")], [refused("2"), ready("1")]),
+        ([refused("2"), ready("1")], [refused("3")], [refused("3"), ready("1")]),
+        ([], [refused("1")], [refused("1")]),
+    ],
+)
+def test_a_refusal_leaves_what_was_served(before: list[Verdict], new: list[Verdict], after: list[Verdict]) -> None:
+    assert list(settled(before, new)) == after
+
+
+def counted(model: str, requests: int) -> Document:
+    document = Statistics().document(name=model, version="1")
+    document["inference_stats"]["success"]["count"] = requests
+    return document
+
+
+def successes(documents: Sequence[Document]) -> dict[str, int]:
+    return {one["name"]: one["inference_stats"]["success"]["count"] for one in documents}
+
+
+def test_totals_never_go_backwards() -> None:
+    """A process ends, and its counts stay; a model that was loaded anew begins at zero."""
+    tally = Tally()
+    tally.hear("first", [counted("credit", 3), counted("rate", 1)])
+    tally.hear("second", [counted("credit", 4), counted("rate", 0)])
+    assert successes(tally.total()) == {"credit": 7, "rate": 1}
+    tally.end("first")
+    assert successes(tally.total()) == {"credit": 7, "rate": 1}
+    tally.hear("third", [counted("credit", 1), counted("rate", 0)])
+    tally.hear("second", [counted("credit", 6), counted("rate", 0)])
+    assert successes(tally.total()) == {"credit": 10, "rate": 1}
+    tally.forget("credit")
+    assert successes(tally.total()) == {"rate": 1}
+
+
+def test_pauses_grow_to_half_a_minute() -> None:
+    assert [pause_s(failures) for failures in (0, 1, 2, 3, 4, 9, 2000)] == [0, 0, 1, 2, 4, 30, 30]
+
+
+def test_an_error_is_itself_on_the_other_side() -> None:
+    refusal = LoadRefused(model="credit", version="2", reason="refused at the golden door")
+    arrived = restored(type(refusal).__name__, str(refusal))
+    assert (type(arrived), str(arrived)) == (LoadRefused, str(refusal))
+    assert (arrived.status, arrived.code) == (400, "load_refused")  # type: ignore[attr-defined]
+    assert isinstance(restored("Refused", "no"), Refused)
+    assert isinstance(restored("KeyboardInterrupt", "no class of ours"), Internal)
+
+
+# The channel
+
+Serve = Callable[[str, Facts], Awaitable[object]]
+
+
+async def nothing(question: str, facts: Facts) -> object:
+    raise AssertionError(f"nobody was to ask {question}")
+
+
+async def connected(one: Serve = nothing, other: Serve = nothing) -> tuple[Channel, Channel]:
+    left, right = socket.socketpair()
+    return await Channel.over(left, one), await Channel.over(right, other)
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        await asyncio.wait_for(scenario(), timeout=20)
+
+    asyncio.run(limited())
+
+
+def test_questions_overtake_each_other() -> None:
+    """A long one does not hold up those behind it, and both ends ask."""
+
+    async def scenario() -> None:
+        released = asyncio.Event()
+
+        async def slow_or_quick(question: str, facts: Facts) -> object:
+            if question == "slow":
+                await released.wait()
+            return {"heard": facts["word"]}
+
+        async def release(question: str, facts: Facts) -> object:
+            released.set()
+            return None
+
+        one, other = await connected(release, slow_or_quick)
+        slow = asyncio.create_task(one.ask("slow", word="a\nb"))
+        assert await one.ask("quick", word="c") == {"heard": "c"}
+        assert not slow.done()
+        assert await other.ask("release") is None
+        assert await slow == {"heard": "a\nb"}
+        await one.close()
+        await other.close()
+
+    run(scenario)
+
+
+def test_an_unforeseen_error_stays_in_its_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Its text may hold anything, so it does not travel."""
+
+    async def scenario() -> None:
+        async def breaks(question: str, facts: Facts) -> object:
+            raise ValueError("a path, a secret")
+
+        one, other = await connected(other=breaks)
+        with pytest.raises(Internal) as raised:
+            await one.ask("anything")
+        assert "secret" not in str(raised.value)
+        await one.close()
+        await other.close()
+
+    with caplog.at_level(logging.ERROR):
+        run(scenario)
+    assert "a path, a secret" in caplog.text
+
+
+def test_who_asks_the_dead_is_told() -> None:
+    """What was asked before the end, and what is asked after it."""
+
+    async def scenario() -> None:
+        async def never(question: str, facts: Facts) -> object:
+            return await asyncio.Event().wait()
+
+        one, other = await connected(other=never)
+        waiting = asyncio.create_task(one.ask("something"))
+        await asyncio.sleep(0)
+        await other.close()
+        with pytest.raises(Gone):
+            await waiting
+        await one.gone()
+        with pytest.raises(Gone):
+            await one.ask("something else")
+        with pytest.raises(NotReady, match="is being stopped"):
+            await OneOfSeveral(one).load("credit")
+        await one.close()
+
+    run(scenario)
+
+
+# Connections of a shared socket
+
+
+def in_a_thread(scenario: Callable[[], Awaitable[None]]) -> None:
+    """Where uvicorn leaves the signals alone."""
+    with ThreadPoolExecutor(max_workers=1) as threads:
+        threads.submit(run, scenario).result()
+
+
+class Exhausted(socket.socket):
+    """There is no file descriptor left, the first time."""
+
+    tried = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        self.tried += 1
+        if self.tried == 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+async def answer_nothing(scope: Any, receive: Any, send: Any) -> None:
+    """The application: connections are enough here."""
+    if scope["type"] == "lifespan":
+        for step in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{step}.complete"})
+
+
+@asynccontextmanager
+async def sharing(*sockets: socket.socket) -> AsyncIterator[list[SharingServer]]:
+    servers, ends = [], []
+    for listening in sockets:
+        listens = asyncio.Event()
+        servers.append(SharingServer(answer_nothing, listens.set))
+        ends.append(asyncio.create_task(servers[-1].serve(sockets=[listening])))
+        await listens.wait()
+    yield servers
+    for server in servers:
+        server.should_exit = True
+    await asyncio.gather(*ends)
+
+
+async def next_turn() -> None:
+    """Of the event loop."""
+    await asyncio.sleep(0)
+
+
+def taken(server: SharingServer) -> int:
+    return len(server.server_state.connections)
+
+
+def test_nobody_takes_all_connections() -> None:
+    """Twenty come at once, and two share them."""
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            async with sharing(listening.dup(), listening.dup()) as servers:
+                clients = [socket.create_connection(listening.getsockname()) for _ in range(20)]
+                while sum(map(taken, servers)) < 20:
+                    await next_turn()
+                assert min(map(taken, servers)) >= 5
+                for client in clients:
+                    client.close()
+
+    in_a_thread(scenario)
+
+
+def test_without_file_descriptors_a_connection_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is it lost, nor is it tried again and again meanwhile."""
+    monkeypatch.setattr(http_server, "EXHAUSTED_PAUSE_S", 0.05)
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as open_socket:
+            listening = Exhausted(fileno=open_socket.detach())
+            async with sharing(listening) as (server,):
+                with socket.create_connection(listening.getsockname()):
+                    while not taken(server):
+                        await next_turn()
+                    assert listening.tried == 2
+
+    in_a_thread(scenario)
+
+
+# The conductor
+
+
+class FakeWorker:
+    """Serves one model `credit` as a real one would, and finds on its disk what a test puts there."""
+
+    def __init__(self) -> None:
+        self.served: list[Verdict] = []
+        self.disk: Sequence[Verdict] | EvalmodeError = [ready("1")]
+        self.requests = 0
+        self.heard: list[str] = []
+        self.at: dict[str, Callable[[], Awaitable[None]]] = {}
+        """What happens before a question is answered."""
+
+    async def enlist(self, conductor: Conductor, *, first: bool = False) -> None:
+        left, right = socket.socketpair()
+        self.channel = await Channel.over(left, self.answer)
+        self.known_as = await Channel.over(right, conductor.answer)
+        self.crew = OneOfSeveral(self.channel)
+        await conductor.join(self.known_as, first=first)
+
+    async def answer(self, question: str, facts: Facts) -> object:
+        self.heard.append(question)
+        await self.at.get(question, self.nothing)()
+        match question:
+            case "prepare":
+                wanted = facts["verdicts"]
+                self.served = list(self.found()) if wanted is None else [Verdict(**one) for one in wanted]
+                return {"verdicts": self.served}
+            case "admit":
+                return self.found()
+            case "settle":
+                if facts["verdicts"]:
+                    self.served = list(settled(self.served, [Verdict(**one) for one in facts["verdicts"]]))
+            case "unload":
+                self.served = [refused("1", "unloaded by request")]
+                return self.served
+            case "statistics":
+                return [counted("credit", self.requests)]
+        return None
+
+    async def nothing(self) -> None:
+        pass
+
+    def found(self) -> Sequence[Verdict]:
+        if isinstance(self.disk, EvalmodeError):
+            raise self.disk
+        return self.disk
+
+    async def die(self) -> None:
+        await self.channel.close()
+
+
+async def crew_of_two() -> tuple[Conductor, FakeWorker, FakeWorker]:
+    conductor, one, other = Conductor(), FakeWorker(), FakeWorker()
+    joining = asyncio.create_task(other.enlist(conductor))
+    await one.enlist(conductor, first=True)
+    await joining
+    return conductor, one, other
+
+
+async def part(*workers: FakeWorker) -> None:
+    for worker in workers:
+        await worker.channel.close()
+        await worker.known_as.close()
+
+
+def test_the_first_decides_and_the_others_follow() -> None:
+    """Whatever another one finds on its disk."""
+
+    async def scenario() -> None:
+        conductor, one, other = Conductor(), FakeWorker(), FakeWorker()
+        other.disk = [ready("2")]
+        joining = asyncio.create_task(other.enlist(conductor))
+        await one.enlist(conductor, first=True)
+        await joining
+        assert one.served == other.served == [ready("1")]
+        assert other.heard == ["prepare", "listen"]
+        await part(one, other)
+
+    run(scenario)
+
+
+def test_a_load_is_done_in_all_before_it_is_answered() -> None:
+    async def scenario() -> None:
+        _, one, other = await crew_of_two()
+        one.disk = other.disk = [ready("2")]
+        await one.crew.load("credit")
+        assert one.served == other.served == [ready("2")]
+        await other.crew.unload("credit")
+        assert one.served == other.served == [refused("1", "unloaded by request")]
+        await part(one, other)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_if_one_refuses_none_loads(asked: int) -> None:
+    """Whichever was asked: the caller hears the refusal, and all hold it against the version."""
+
+    async def scenario() -> None:
+        _, one, other = await crew_of_two()
+        one.disk, other.disk = [ready("2")], [refused("2")]
+        with pytest.raises(LoadRefused, match="version 2 of model 'credit' was refused at the golden door"):
+            await (one, other)[asked].crew.load("credit")
+        assert one.served == other.served == [refused("2"), ready("1")]
+        await part(one, other)
+
+    run(scenario)
+
+
+def test_an_error_in_one_changes_none() -> None:
+    """It was no verdict, so it is nobody's; and what the other had admitted is forgotten."""
+
+    async def scenario() -> None:
+        _, one, other = await crew_of_two()
+        one.disk, other.disk = [ready("2")], UnknownModel(model="credit", models=())
+        with pytest.raises(UnknownModel, match="no model 'credit'"):
+            await one.crew.load("credit")
+        assert one.served == other.served == [ready("1")]
+        assert one.heard[-2:] == ["admit", "settle"]
+        await part(one, other)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("question", ["admit", "settle"])
+def test_a_worker_that_dies_half_way_harms_nobody(question: str) -> None:
+    """The others finish, the caller has its answer, and who comes in its place serves the new."""
+
+    async def scenario() -> None:
+        conductor, one, other = await crew_of_two()
+        one.disk = other.disk = [ready("2")]
+        other.at[question] = other.die
+        await one.crew.load("credit")
+        assert one.served == [ready("2")]
+        conductor.leave(other.known_as)
+        third = FakeWorker()
+        await third.enlist(conductor)
+        assert third.served == [ready("2")]
+        await part(one, other, third)
+
+    run(scenario)
+
+
+def test_changes_take_turns() -> None:
+    """Two callers load at the same time, in two workers: no step of one falls between the steps of the other."""
+
+    async def scenario() -> None:
+        _, one, other = await crew_of_two()
+        one.disk = other.disk = [ready("2")]
+        await asyncio.gather(one.crew.load("credit"), other.crew.load("credit"), one.crew.unload("credit"))
+        for worker in (one, other):
+            steps = " ".join(worker.heard[2:])
+            assert steps.count("admit settle") == 2
+            assert steps.count("unload") == 1
+        assert one.served == other.served
+        await part(one, other)
+
+    run(scenario)
+
+
+def test_what_was_changed_while_a_worker_prepared_it_prepares_anew() -> None:
+    """An unloaded model does not come back with the one that takes a dead worker's place."""
+
+    async def scenario() -> None:
+        conductor, one, other = await crew_of_two()
+        third = FakeWorker()
+
+        async def meanwhile() -> None:
+            del third.at["prepare"]
+            await one.crew.unload("credit")
+
+        third.at["prepare"] = meanwhile
+        await third.enlist(conductor)
+        assert third.heard == ["prepare", "prepare", "listen"]
+        assert third.served == one.served == [refused("1", "unloaded by request")]
+        await part(one, other, third)
+
+    run(scenario)
+
+
+def test_all_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs counts as last heard, one that is gone too, and a load begins at zero."""
+    monkeypatch.setattr(conducting, "STATISTICS_LIMIT_S", 0.05)
+
+    async def scenario() -> None:
+        async def hang() -> None:
+            await asyncio.Event().wait()
+
+        async def total() -> int:
+            return successes(await one.crew.statistics())["credit"]
+
+        conductor, one, other = await crew_of_two()
+        one.requests, other.requests = 3, 4
+        assert await total() == 7
+        other.at["statistics"] = hang
+        one.requests, other.requests = 5, 9
+        assert await total() == 9
+        await other.die()
+        conductor.leave(other.known_as)
+        assert await total() == 9
+        await one.crew.load("credit")
+        one.requests = 1
+        assert await total() == 1
+        await part(one, other)
+
+    run(scenario)
+
+
+def test_with_nobody_left_the_caller_is_told() -> None:
+    async def scenario() -> None:
+        conductor, one, other = await crew_of_two()
+        for worker in (one, other):
+            worker.at["admit"] = worker.die
+        with pytest.raises(NotReady):
+            await conductor.answer("load", {"model": "credit"})
+        await part(one, other)
+
+    run(scenario)
+
+
+def test_the_first_may_not_be_able() -> None:
+    """Its refusal is the service's."""
+
+    async def scenario() -> None:
+        conductor, one = Conductor(), FakeWorker()
+        one.disk = Refused("no model was admitted")
+        with pytest.raises(Refused, match="no model was admitted"):
+            await one.enlist(conductor, first=True)
+        assert not conductor.decided
+        await part(one)
+
+    run(scenario)
