@@ -120,9 +120,10 @@ class Coalescer:
         loop = asyncio.get_running_loop()
         request = Computed(accepted, loop.create_future(), expires_ns, gone)
         if alone and not self._busy and accepted.rows <= self._inline_rows:
-            batch = [request]
-            self._compute(batch)
-            _answer(batch)
+            if expires_ns is None or _wanted(request, request.since_ns):
+                batch = [request]
+                self._compute(batch)
+                _answer(batch)
             return request.answer
         self._waiting.append(request)
         if not self._busy:

@@ -15,6 +15,9 @@ from typing import Any, final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.errors import BadRequest
+from service.protocol.json import error_body
+
 EXTENSION = "evalmode.wire"
 
 
@@ -66,6 +69,15 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         self._extensions = {EXTENSION: Wire(transport, self.tasks)}
         super().connection_made(self._extensions[EXTENSION])  # type: ignore[arg-type]  # it is one but for its class
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP is answered as every error is."""
+        body = error_body(BadRequest(f"the request is not valid HTTP/1.1: {msg.rstrip('.')}"))
+        head = (
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n"
+        )
+        self.transport.write(head % len(body) + b"\r\n" + body)
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

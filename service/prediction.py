@@ -14,7 +14,7 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from time import perf_counter_ns
 from typing import Any, NamedTuple, final
 
@@ -90,7 +90,7 @@ class Predictions:
         if scope["type"] != "http":
             await self._rest(scope, receive, send)
             return
-        headers = dict(scope["headers"])
+        headers = _headers(scope["headers"])
         request_id = _request_id(headers)
         if b"%2" in (raw_path := scope.get("raw_path") or b""):
             scope = {**scope, "path": _with_slashes_as_sent(scope["path"], raw_path)}
@@ -180,6 +180,14 @@ async def _compressed(content: bytes, encoding: Encoding) -> bytes:
     if len(content) < _THREAD_BYTES:
         return compressed(content, encoding)
     return await asyncio.to_thread(compressed, content, encoding)
+
+
+def _headers(pairs: Sequence[tuple[bytes, bytes]]) -> Headers:
+    """By name; one that was sent twice is joined by commas (RFC 9110, section 5.2), and then means what that means."""
+    headers = dict(pairs)
+    if len(headers) < len(pairs):
+        headers = {name: b", ".join([value for other, value in pairs if other == name]) for name in headers}
+    return headers
 
 
 def _with_slashes_as_sent(path: str, raw_path: bytes) -> str:

@@ -59,16 +59,17 @@ def accepted(accept_encoding: bytes) -> Encoding | None:
     """The encoding that a caller would like: the one of the greater weight, gzip if they are equal."""
     if not accept_encoding:
         return None
-    weights = {"gzip": 0.0, "deflate": 0.0}
+    weights = {"gzip": 0.0, "deflate": 0.0, "identity": 0.0}
     for part in accept_encoding.decode("latin-1").lower().split(","):
         if (found := _ACCEPTED.fullmatch(part)) and found["coding"] in weights:
             try:
                 weights[found["coding"]] = float(found["q"] or 1)
             except ValueError:
                 continue
-    if not any(weights.values()):
+    best = max(weights["gzip"], weights["deflate"])
+    if not best or best < weights["identity"]:
         return None
-    return "deflate" if weights["deflate"] > weights["gzip"] else "gzip"
+    return "gzip" if weights["gzip"] == best else "deflate"
 
 
 def compressed(content: bytes, encoding: Encoding) -> bytes:
