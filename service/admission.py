@@ -59,6 +59,8 @@ class Admitted:
     independence: IndependenceFigure
     subjects: Sequence[NDArray[Any]]
     """The rows that independence was tried with: one array per input."""
+    bounds: Sequence[float]
+    """For each output, the largest difference between batch sizes that rounding explains."""
     max_batch_rows: int
     """The most rows that independence was shown for. Fewer than asked for where so many would take longer than
     `LONGEST_RUN_S`."""
@@ -119,6 +121,7 @@ def admit_with(
         golden_rows=golden_inputs[0].shape[0] if golden_inputs else 0,
         independence=independence,
         subjects=rows,
+        bounds=bounds,
         max_batch_rows=max_batch_rows,
     )
 
@@ -298,6 +301,7 @@ def check_independence(
     """
     count = rows[0].shape[0]
     worst = [0.0] * len(runtime.outputs)
+    exact = True
     for size in batch_sizes:
         order = np.arange(size) % count
         answers = _answers(runtime, rows, order)
@@ -314,8 +318,9 @@ def check_independence(
                     f"of {batch_sizes[0]}; rounding explains at most {bounds[i]:.3g}",
                 )
             worst[i] = max(worst[i], difference)
+            exact = exact and same_bits(answers[i], reference[i][order])
     bound = max(worst, default=0.0)
-    return IndependenceFigure(kind="bounded" if bound else "exact", bound=bound, batch_sizes=tuple(batch_sizes))
+    return IndependenceFigure(kind="exact" if exact else "bounded", bound=bound, batch_sizes=tuple(batch_sizes))
 
 
 def _answers(runtime: Runtime, rows: Sequence[NDArray[Any]], places: NDArray[np.int64]) -> list[NDArray[Any]]:

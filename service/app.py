@@ -26,7 +26,7 @@ from service.errors import (
 from service.prediction import Predictions
 from service.protocol import documents
 from service.protocol.json import error_body
-from service.repository import Repository
+from service.repository import Live, Repository
 from service.settings import Settings
 from service.statistics import Document
 
@@ -82,10 +82,14 @@ def _add_documentation(app: FastAPI, repository: Repository) -> None:
     def front() -> RedirectResponse:
         return RedirectResponse("/docs")
 
+    documented: tuple[Live, ...] | None = None
+
     def document() -> dict[str, Any]:
-        if app.openapi_schema is None:
+        nonlocal documented
+        if app.openapi_schema is None or documented != repository.models:
             own = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            app.openapi_schema = openapi.with_models(own, repository.models)
+            documented = repository.models
+            app.openapi_schema = openapi.with_models(own, documented)
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # the way FastAPI documents for extending it

@@ -21,7 +21,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import ClientLeft, DeadlineExceeded
+from service.errors import ClientLeft, DeadlineExceeded, RowsRejected
 from service.runtime import Runtime
 from service.signature import Accepted
 from service.statistics import Statistics
@@ -139,8 +139,14 @@ class Coalescer:
             self._compute(batch)
             self._finish(batch)
         else:
-            run = asyncio.get_running_loop().run_in_executor(None, self._compute, batch)
-            run.add_done_callback(lambda _: self._finish(batch))
+            try:
+                run = asyncio.get_running_loop().run_in_executor(None, self._compute, batch)
+            except RuntimeError as error:  # the system gives no more threads
+                for request in batch:
+                    request.error = error
+                self._finish(batch)
+            else:
+                run.add_done_callback(lambda _: self._finish(batch))
 
     def _finish(self, batch: Sequence[Computed]) -> None:
         _answer(batch)
@@ -166,6 +172,7 @@ class Coalescer:
             stacked_ns = perf_counter_ns()
             outputs = self._runtime.run(tensors)
             ran_ns = perf_counter_ns()
+            rows = _split(outputs, batch)
         except Exception as error:  # whatever it is, it belongs to the callers
             if len(batch) == 1:
                 batch[0].error = error
@@ -173,7 +180,6 @@ class Coalescer:
                 for request in batch:
                     self._compute([request])
             return
-        rows = _split(outputs, batch)
         ended_ns = perf_counter_ns()
         for request in batch:
             request.queue_ns = started_ns - request.since_ns
@@ -218,13 +224,21 @@ def _stacked(batch: Sequence[Computed]) -> Sequence[NDArray[Any]]:
 
 
 def _split(outputs: Outputs, batch: Sequence[Computed]) -> int:
-    """Give each request its own rows of every output; returns how many rows they are together."""
+    """Give each request its own rows of every output; returns how many rows they are together.
+
+    Raises:
+        RowsRejected: an output has more or fewer rows, so that nobody can say whose they are.
+    """
+    rows = sum([request.accepted.rows for request in batch])
+    for output in outputs:
+        if output.shape[:1] != (rows,):
+            raise RowsRejected(f"it gave an output of shape {list(output.shape)} for {rows} rows")
     if len(batch) == 1:
         batch[0].outputs = outputs
-        return batch[0].accepted.rows
+        return rows
     start = 0
     for request in batch:
         end = start + request.accepted.rows
         request.outputs = [output[start:end] for output in outputs]
         start = end
-    return start
+    return rows

@@ -42,7 +42,7 @@ class Wire:
     def uncork(self) -> None:
         """Send what was held, in one system call."""
         held, self._held = self._held, None
-        if held:
+        if held and not self._transport.is_closing():
             self._transport.writelines(held)
 
     def write(self, data: bytes) -> None:

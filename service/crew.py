@@ -51,7 +51,8 @@ class Alone:
             raise LoadRefused(model=model, version=entries[0].version, reason=entries[0].reason)
 
     async def unload(self, model: str) -> None:
-        self._repository.unload(model)
+        async with self._loading:
+            self._repository.unload(model)
 
     async def statistics(self) -> list[Document]:
         return [live.statistics.document(name=live.name, version=live.version) for live in self._repository.models]

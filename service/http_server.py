@@ -32,6 +32,7 @@ def config(app: Any) -> uvicorn.Config:
         lifespan="on",
         loop="auto",
         http=Connection,
+        ws="none",
         proxy_headers=False,  # nothing here asks who the client is
         access_log=False,
         server_header=False,

@@ -20,6 +20,9 @@ from service.protocol.json import check_keys, parsed
 from service.repository import Repository
 from service.settings import Settings, is_loopback
 
+LONGEST_BODY_BYTES = 64 * 1024
+"""Nothing that is asked here is longer."""
+
 
 class _Asked(BaseModel):
     model_config = ConfigDict(strict=True)
@@ -54,11 +57,12 @@ async def _asked(request: Request, kind: type[AskedT], limit_bytes: int) -> Aske
     Raises:
         BadRequest: it is malformed, or does not fit.
     """
-    body = b""
+    chunks: list[bytes] = []
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
+        chunks.append(chunk)
+        if sum(map(len, chunks)) > limit_bytes:
             raise BodyTooLarge(limit_bytes=limit_bytes)
+    body = b"".join(chunks)
     if not body:
         return kind()
     value = parsed(body)
@@ -78,7 +82,7 @@ def _body_of(kind: type[_Asked]) -> dict[str, Any]:
 
 def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) -> None:
     """Add its routes; loading and unloading are refused unless the service listens on loopback alone."""
-    allowed, limit_bytes = is_loopback(settings.host), settings.body_limit_bytes
+    allowed, limit_bytes = is_loopback(settings.host), min(settings.body_limit_bytes, LONGEST_BODY_BYTES)
     tags: list[str | Enum] = ["Model repository"]
     about: dict[str, Any] = {
         "tags": tags,

@@ -72,7 +72,7 @@ def with_models(document: Schema, models: Sequence[Live]) -> Schema:
             paths[f"/models/{live.name}/predict"] = {"post": _predict_operation(live, f"predict_{live.name}")}
         schemas[f"{live.name}.InferRequest"] = _infer_request(live)
         schemas[f"{live.name}.InferResponse"] = _infer_response(live)
-        paths[f"/v2/models/{live.name}/infer"] = {"post": _infer_operation(live)}
+        paths[f"/v2/models/{live.name}/infer"] = {"post": _with_binary(_infer_operation(live))}
     components = document.get("components", {})
     return {
         **document,
@@ -103,6 +103,28 @@ def _infer_operation(live: Live) -> Schema:
         summary=f"Tensors for '{live.name}'",
         schemas=(f"{live.name}.InferRequest", f"{live.name}.InferResponse"),
     )
+
+
+def _with_binary(operation: Schema) -> Schema:
+    """The operation with binary tensors as the other form of request and answer."""
+    length = {"schema": {"type": "integer", "minimum": 0}, "description": "Bytes of JSON before the binary tensors."}
+    blob = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    body, good = operation["requestBody"], operation["responses"]["200"]
+    return {
+        **operation,
+        "description": "Binary tensors follow the JSON in the order in which they stand in it; each has "
+        "`binary_data_size` in its parameters in place of `data`. Outputs come so with `binary_data`.",
+        "parameters": [{"name": "Inference-Header-Content-Length", "in": "header", "required": False, **length}],
+        "requestBody": {**body, "content": {**body["content"], **blob}},
+        "responses": {
+            **operation["responses"],
+            "200": {
+                **good,
+                "headers": {"Inference-Header-Content-Length": length},
+                "content": {**good["content"], **blob},
+            },
+        },
+    }
 
 
 def _operation(

@@ -67,9 +67,13 @@ class _Route(NamedTuple):
     version: str | None
 
 
-@functools.lru_cache(maxsize=1024)
 def _route(path: str) -> _Route | None:
     """What a path asks for; None if it is not a prediction."""
+    return _short_route(path) if len(path) <= 512 else None  # no model has so long a name
+
+
+@functools.lru_cache(maxsize=1024)
+def _short_route(path: str) -> _Route | None:
     if found := _INFER.fullmatch(path):
         return _Route(v2.parse, True, found["model"], found["version"])
     if found := _PREDICT.fullmatch(path):
@@ -171,7 +175,7 @@ class Predictions:
         body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         if b"content-encoding" not in headers:
             return body
-        if size < _THREAD_BYTES:
+        if size < _THREAD_BYTES // 32:  # it may become a thousand times as large
             return decompressed(body, headers[b"content-encoding"], limit_bytes=limit_bytes)
         return await asyncio.to_thread(decompressed, body, headers[b"content-encoding"], limit_bytes=limit_bytes)
 

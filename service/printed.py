@@ -35,8 +35,9 @@ def tell(entry: Entry) -> None:
     say(f"    structure     {len(admitted.batchnorms)} BatchNorm layers, all frozen, {folded} of them folded")
     say(f"    digest        {'as the passport says' if admitted.bundle.passport else 'no passport: a plain ONNX file'}")
     say(f"    golden        {golden or 'no golden samples: equality with PyTorch is not known'}")
-    sizes = ", ".join(str(size) for size in live.batching.independence.batch_sizes)
-    say(f"    independence  {live.batching.independence.kind}{bound}, in batches of {sizes}")
+    sizes = live.batching.independence.batch_sizes
+    tried = f"every size up to {sizes[-1]}" if len(sizes) > 1 else f"batches of {sizes[0]}"
+    say(f"    independence  {live.batching.independence.kind}{bound}, in {tried}")
 
 
 def announcement(repository: Repository, host: str, port: int, *, workers: int) -> str:
@@ -59,6 +60,8 @@ LONGEST_CALL = 2000
 
 
 def _call(repository: Repository, address: str) -> str:
+    if not repository.models:
+        return f"nothing is served now; curl {address}/v2/repository/index -X POST says why"
     live = next((live for live in repository.models if live.reader is not None), repository.models[0])
     if live.reader is not None:
         path = "/predict" if len(repository.models) == 1 else f"/models/{live.name}/predict"

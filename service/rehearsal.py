@@ -26,6 +26,10 @@ INLINE_RUN_S = 0.002
 load, and short enough that health checks do not notice."""
 
 
+LONGEST_REHEARSAL_S = 5.0
+"""Sizes that were not tried in this time are not used."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
     """How a model's rows may run together, as measured where it will run."""
@@ -50,20 +54,23 @@ def rehearse(admitted: Admitted, numerics: Numerics) -> Batching:
     """
     runtime, rows, figure = admitted.runtime, admitted.subjects, admitted.independence
     fixed = runtime.inputs[0].shape[0]
+    # where a caller decides how long a row is, it decides how long a run takes: never on the event loop
+    open_ended = any(-1 in spec.shape[1:] for spec in runtime.inputs)
     if fixed != -1:
         only_s = _run_s(runtime, rows, fixed)
-        inline_rows = fixed if only_s < INLINE_RUN_S else 0
+        inline_rows = fixed if only_s < INLINE_RUN_S and not open_ended else 0
         return Batching(max_rows=1, inline_rows=inline_rows, run_s={fixed: only_s}, independence=figure)
-    if any(-1 in spec.shape[1:] for spec in runtime.inputs):
-        # a caller decides how long a row is, and so how long a run takes: never on the event loop
+    if open_ended:
         return Batching(max_rows=1, inline_rows=0, run_s={1: _run_s(runtime, rows, 1)}, independence=figure)
     shared = numerics == "bounded" or figure.kind == "exact"
     run_s = _times(runtime, rows, admitted.max_batch_rows if shared else 1)
-    figure = _every_size(runtime, rows, max(run_s), figure)
+    figure = _every_size(admitted, max(run_s))
+    most = figure.batch_sizes[-1]
     if numerics == "exact" and figure.kind == "bounded":
-        run_s = {1: run_s[1]}
+        most = 1
+    run_s = {size: seconds for size, seconds in run_s.items() if size <= most}
     inline_rows = max((size for size, seconds in run_s.items() if seconds < INLINE_RUN_S), default=0)
-    return Batching(max_rows=max(run_s), inline_rows=inline_rows, run_s=run_s, independence=figure)
+    return Batching(max_rows=most, inline_rows=inline_rows, run_s=run_s, independence=figure)
 
 
 def _times(runtime: Runtime, rows: Sequence[NDArray[Any]], max_rows: int) -> dict[int, float]:
@@ -81,20 +88,25 @@ def _times(runtime: Runtime, rows: Sequence[NDArray[Any]], max_rows: int) -> dic
         size = following
 
 
-def _every_size(
-    runtime: Runtime, rows: Sequence[NDArray[Any]], max_rows: int, figure: IndependenceFigure
-) -> IndependenceFigure:
-    """Hold the rows of every batch size against the same rows alone."""
+def _every_size(admitted: Admitted, max_rows: int) -> IndependenceFigure:
+    """Hold the rows of every batch size against the same rows alone, as long as rounding explains what differs, and as
+    long as there is time."""
+    runtime, rows = admitted.runtime, admitted.subjects
     count = rows[0].shape[0]
     each = [runtime.run([array[i : i + 1] for array in rows]) for i in range(count)]
     alone = [np.concatenate(parts) for parts in zip(*each, strict=True)]
-    bound = figure.bound
-    for size in range(2, max_rows + 1):
-        places = np.arange(size) % count
-        for one, together in zip(alone, runtime.run([array[places] for array in rows]), strict=True):
-            if not same_bits(one[places], together):
-                bound = max(bound, largest_difference(one[places], together))
-    return figure.model_copy(update={"kind": "bounded" if bound else "exact", "bound": bound})
+    exact, bound, size = admitted.independence.kind == "exact", admitted.independence.bound, 1
+    until_s = time.perf_counter() + LONGEST_REHEARSAL_S
+    while size < max_rows and time.perf_counter() < until_s:
+        places = np.arange(size + 1) % count
+        together = runtime.run([array[places] for array in rows])
+        differences = [largest_difference(one[places], other) for one, other in zip(alone, together, strict=True)]
+        if not all(difference <= most for difference, most in zip(differences, admitted.bounds, strict=True)):
+            break
+        exact = exact and all(same_bits(one[places], other) for one, other in zip(alone, together, strict=True))
+        bound = max(bound, *differences)
+        size += 1
+    return IndependenceFigure(kind="exact" if exact else "bounded", bound=bound, batch_sizes=tuple(range(1, size + 1)))
 
 
 def _run_s(runtime: Runtime, rows: Sequence[NDArray[Any]], size: int) -> float:

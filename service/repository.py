@@ -52,7 +52,7 @@ class Found:
         return bundles.read(self.path, name=self.name, version=self.version)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Live:
     """An admitted version that answers requests."""
 
@@ -142,6 +142,10 @@ class Repository:
         found = [version for version in there if version.name == name]
         if not found:
             raise UnknownModel(model=name, models=sorted({version.name for version in there}))
+        if name in self._live:  # of those before it, none is better than what is served
+            versions = [version.version for version in found]
+            serving = self._live[name].version
+            found = found[versions.index(serving) + 1 :] or found[-1:] if serving in versions else found
         return tuple(_newest(found, self._placement, self._settings, lambda _: None))
 
     def swap(self, name: str, entries: tuple[Entry, ...]) -> None:

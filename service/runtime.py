@@ -26,7 +26,7 @@ from service.signature import Datatype, TensorSpec
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 try:
     import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 except ModuleNotFoundError as missing:
     raise WrongCall(
         "onnxruntime is not installed; pip install 'evalmode[service]', or 'evalmode[gpu]' for NVIDIA GPUs"
@@ -136,7 +136,7 @@ def place(device: Device, *, gpu_memory_limit_bytes: int = 0, cpus: int = 0) -> 
             raise DeviceUnavailable(f"--device cuda: {missing}")
         return Placement(CUDA_PROVIDER, "asked for by --device cuda", gpu_memory_limit_bytes, cpus)
     if missing:
-        return Placement(CPU_PROVIDER, f"no usable GPU: {missing}")
+        return Placement(CPU_PROVIDER, f"no usable GPU: {missing}", cpus=cpus)
     return Placement(CUDA_PROVIDER, "a usable GPU was found", gpu_memory_limit_bytes, cpus)
 
 
@@ -215,7 +215,9 @@ class OnnxRuntime:
             outputs: list[NDArray[Any]] = self._session.run(
                 self._output_names, dict(zip(self._input_names, tensors, strict=True))
             )
-        except InvalidArgument as error:
+        except (InvalidArgument, Fail, RuntimeException) as error:
+            if "memory" in str(error):  # of the machine, or of the GPU
+                raise
             raise RowsRejected(first_line(error)) from error
         return outputs
 

@@ -72,12 +72,13 @@ class Statistics:
     def document(self, *, name: str, version: str) -> Document:
         """One entry of `model_stats`."""
         each = self._requests_ns
+        sizes = sorted(self._batches.items(), key=lambda item: item[0])  # at once: a thread may add another
         return {
             "name": name,
             "version": version,
             "last_inference": self._last_run_ms,
-            "inference_count": sum(rows * batches.executions for rows, batches in self._batches.items()),
-            "execution_count": sum(batches.executions for batches in self._batches.values()),
+            "inference_count": sum(rows * batches.executions for rows, batches in sizes),
+            "execution_count": sum(batches.executions for _, batches in sizes),
             "inference_stats": {
                 "success": _duration(self._answered, self._answered_ns),
                 "fail": _duration(self._failed, self._failed_ns),
@@ -96,7 +97,7 @@ class Statistics:
                     "compute_infer": _duration(batches.executions, batches.infer_ns),
                     "compute_output": _duration(batches.executions, batches.output_ns),
                 }
-                for rows, batches in sorted(self._batches.items())
+                for rows, batches in sizes
             ],
             "memory_usage": [],
         }

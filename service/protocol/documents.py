@@ -42,7 +42,7 @@ def metadata(live: Live) -> Document:
             }
             if admitted.golden
             else None,
-            "independence": admitted.independence.model_dump(),
+            "independence": batching.independence.model_dump(),
             "max_batch_rows": batching.max_rows,
             "inline_rows": batching.inline_rows,
             "run_ms": {rows: round(run_s * 1e3, 4) for rows, run_s in batching.run_s.items()},

@@ -18,11 +18,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from service.alone import loaded, placed
 from service.app import create_app
 from service.bundle import Bundle
 from service.errors import NotReady, Refused
 from service.http_server import SharingServer
+from service.loading import loaded, placed
 from service.printed import announcement
 from service.repository import Entry, Repository, load_these
 from service.settings import Settings

@@ -397,8 +397,9 @@ def test_methods(serve: Serve, tmp_path: Path) -> None:
             status, headers, _ = exchange(serving, bare(method, path))
             assert (status, headers["allow"]) == (405, "GET"), (method, path)
     for method in ("BREW", "post"):
-        status, _, _ = exchange(serving, bare(method, "/v2/models/norm/infer", BODY))
-        assert status in (400, 405)
+        status, headers, body = exchange(serving, bare(method, "/v2/models/norm/infer", BODY))
+        assert (status, headers["content-type"]) == (400, "application/json"), method
+        assert json.loads(body)["code"] == "bad_request"
     assert exchange(serving, bare("POST", "/v2/models/norm/infer", BODY))[0] == 200
 
 
@@ -426,6 +427,11 @@ def test_framing(serve: Serve, tmp_path: Path) -> None:
     ):
         assert exchange(serving, start + lie)[0] == 400
     assert exchange(serving, bare("POST", path, BODY, "Inference-Header-Content-Length: 99999999999"))[0] == 400
+    twice = [f"Inference-Header-Content-Length: {len(BODY)}", "Inference-Header-Content-Length: 0"]
+    for headers, wanted_status in ((twice, 400), (["Content-Encoding: gzip", "Content-Encoding: identity"], 415)):
+        status, _, refusal = exchange(serving, bare("POST", path, BODY, *headers))
+        assert status == wanted_status
+        assert set(json.loads(refusal)) == {"error", "code"}
     blob = X.astype("<f4").tobytes()
     head = json.dumps(
         {"inputs": [{"name": "x", "shape": [2, 3], "datatype": "FP32", "parameters": {"binary_data_size": 24}}]}
@@ -433,6 +439,19 @@ def test_framing(serve: Serve, tmp_path: Path) -> None:
     lengths = f"INFERENCE-header-CONTENT-length: {len(head)}"
     assert exchange(serving, bare("POST", path, head + blob, lengths))[2] == wanted_body
     assert serving.stop() == 0
+
+
+def test_a_deadline_holds_for_a_request_that_is_alone(serve: Serve, tmp_path: Path) -> None:
+    """One microsecond is over before anything can run, also where nothing is waited for."""
+    serving = serve(models_in(tmp_path))
+    late = BODY[:-1] + b', "parameters": {"timeout": 1}}'
+    status, _, body = exchange(serving, bare("POST", "/v2/models/norm/infer", late))
+    assert (status, json.loads(body)["code"]) == (504, "deadline_exceeded")
+    with client_of(serving) as client:
+        (entry,) = client.get_inference_statistics("norm")["model_stats"]
+        assert (entry["execution_count"], entry["inference_stats"]["fail"]["count"]) == (0, 1)
+        with pytest.raises(InferenceServerException, match="was not computed"):
+            client.infer("norm", [tensor("x", X, "FP32")], timeout=1)
 
 
 def test_two_servers_of_the_same_file_answer_alike(serve: Serve, tmp_path: Path) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from service.coalescing import Coalescer, Computed, plan
-from service.errors import ClientLeft, DeadlineExceeded
+from service.errors import ClientLeft, DeadlineExceeded, RowsRejected
 from service.signature import Accepted
 from service.statistics import Statistics
 from tests.fakes import FakeRuntime
@@ -252,3 +255,27 @@ def test_where_the_time_went_is_told() -> None:
     assert said["inference_stats"]["compute_infer"]["count"] == 4
     assert [batch["batch_size"] for batch in said["batch_stats"]] == [2]
     assert said["batch_stats"][0]["compute_infer"]["count"] == 2
+
+
+class LosesRows:
+    """Answers only the rows that are positive, as a graph with Compress does."""
+
+    inputs, outputs, provider, threads = FakeRuntime.inputs, FakeRuntime.outputs, "losing", 1
+
+    def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        (x,) = tensors
+        return [x[x[:, 0] > 0]]
+
+
+def test_nobody_gets_the_answer_of_another_where_a_graph_loses_rows() -> None:
+    """A batch that comes back with other rows runs request by request; one that does so alone is refused."""
+
+    async def scenario() -> list[Any]:
+        coalescer = Coalescer(LosesRows(), max_rows=64, inline_rows=64)
+        asked = [coalescer.submit(accepted(value)) for value in (1.0, -2.0, 3.0)]
+        return list(await asyncio.gather(*asked, return_exceptions=True))
+
+    first, lost, last = asyncio.run(scenario())
+    assert [float(first.outputs[0][0, 0]), float(last.outputs[0][0, 0])] == [1.0, 3.0]
+    assert isinstance(lost, RowsRejected)
+    assert "an output of shape [0, 3] for 1 rows" in str(lost)

@@ -287,6 +287,35 @@ def test_lists_of_another_form_are_refused_in_the_same_words(data: str, shape: l
     assert outcome(live(("x", "FP64", axes)), body, QUICK) == outcome(live(("x", "FP64", axes)), body, ORDINARY)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "\ufeff" + body_of("FP32", [1, 2], "[1, 2]"),
+        body_of("FP32", [1, 2], "[1, 2]", more=', "id": "\\u003a", "a": 1, "a": 2'),
+        body_of("FP32", [1, 2], "[1, 2]", more=', "id": "\\u005b", "a": [1'),
+        body_of("FP32", [1, 2], "[1, 2]", more=', "id": "\\ud800"'),
+        body_of("FP32", [1, 2], "[1, 2]") + "\0",
+        body_of("FP32", [1, 2], "[1, 2]") + "{}",
+        body_of("FP32", [1, 2], "[1, [2]]", more=', "id": "]"'),
+        body_of("FP32", [1, 2], "[1, 2]").replace('"shape"', '"Shape"'),
+        body_of("FP32", [1, 2], "[1, 2]").replace('"x"', '"z"'),
+        f"[{body_of('FP32', [1, 2], '[1, 2]')}]",
+        '{"inputs": {"name": "x"}}',
+        '{"inputs": [[1]]}',
+        '{"inputs": []}',
+        "{}",
+        "[]",
+        "",
+    ],
+)
+def test_what_parsers_disagree_about_is_judged_alike(body: str) -> None:
+    """A byte order mark, colons and brackets that are written as escapes, half a surrogate, something after the end."""
+    model = live(("x", "FP32", 2))
+    ordinary = outcome(model, body.encode(), ORDINARY)
+    assert issubclass(ordinary[0], RequestError)  # type: ignore[arg-type]  # a class, as it was refused
+    assert outcome(model, body.encode(), QUICK) == ordinary
+
+
 @pytest.mark.parametrize("size", [LARGE_BYTES - 1, LARGE_BYTES, LARGE_BYTES + 1, 20 * LARGE_BYTES])
 def test_the_size_changes_nothing(size: int) -> None:
     """Around the size from which on the quick way is tried, with the sizes that it is made for."""

@@ -29,16 +29,17 @@ class Rehearsed:
     provider = "FakeExecutionProvider"
     threads = 1
 
-    def __init__(self, *, row_s: float = 0.0, off_at: int = 0) -> None:
+    def __init__(self, *, row_s: float = 0.0, off_at: int = 0, off_by: float = 2.0**-23) -> None:
         self.sizes: list[int] = []
         self._row_s = row_s
         self._off_at = off_at
+        self._off_by = off_by
 
     def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         size = tensors[0].shape[0]
         self.sizes.append(size)
         time.sleep(self._row_s * size)
-        return [tensors[0] * np.float32(1 + 2.0**-23 if size == self._off_at else 1)]
+        return [tensors[0] * np.float32(1 + self._off_by if size == self._off_at else 1)]
 
 
 def plain(model: onnx.ModelProto) -> Bundle:
@@ -73,6 +74,19 @@ def test_a_size_that_admission_did_not_try_and_that_rounds_otherwise_is_found(nu
     assert batching.independence.bound > 0
 
 
+@pytest.mark.parametrize("numerics", ["exact", "bounded"])
+def test_no_batch_is_as_large_as_one_that_rounding_does_not_explain(numerics: Any) -> None:
+    """Whatever may be bounded: a size at which answers are simply others is never used."""
+    batching = rehearse(admitted(Rehearsed(off_at=11, off_by=0.5)), numerics)
+    assert batching.max_rows == 10
+    assert (batching.independence.kind, batching.independence.batch_sizes[-1]) == ("exact", 10)
+
+
+def test_sizes_for_which_there_is_no_time_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "LONGEST_REHEARSAL_S", 0.0)
+    assert rehearse(admitted(Rehearsed()), "exact").max_rows == 1
+
+
 def test_company_must_not_cost_more_than_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     """No larger batch is made than runs in the time allowed; what is long for the loop gets a thread."""
     monkeypatch.setattr(rehearsal, "LONGEST_RUN_S", 0.015)
@@ -83,8 +97,13 @@ def test_company_must_not_cost_more_than_it_saves(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("shape", "max_rows", "inline"),
-    [([4, 3], 1, 4), (["batch", "time"], 1, 0), (["batch", 3], 16, 16)],
-    ids=["a fixed batch runs as it is", "rows of any length run alone, in a thread", "rows of one shape run together"],
+    [([4, 3], 1, 4), (["batch", "time"], 1, 0), ([1, "time"], 1, 0), (["batch", 3], 16, 16)],
+    ids=[
+        "a fixed batch runs as it is",
+        "rows of any length run alone, in a thread",
+        "also where the batch is fixed",
+        "rows of one shape run together",
+    ],
 )
 def test_what_may_run_together(shape: Sequence[Any], max_rows: int, inline: int) -> None:
     batching = rehearse(admit(plain(relu(shape)), place("cpu"), threads=1, max_batch_rows=16), "exact")

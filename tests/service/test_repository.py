@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import onnx
@@ -70,3 +71,25 @@ def test_a_model_without_an_admitted_version_is_not_ready(tmp_path: Path) -> Non
     assert repository.only().name == "credit"
     with pytest.raises(NotReady, match="model 'sick' is not ready: version 1 was refused at the structure door"):
         repository.live("sick")
+
+
+def test_a_refused_newer_version_leaves_what_is_served_as_it_is(tmp_path: Path) -> None:
+    """The very session goes on, with its statistics; older versions are not looked at."""
+    write_table_bundle(tmp_path, name="credit", version="1")
+    write_table_bundle(tmp_path, name="credit", version="2")
+    repository = loaded(tmp_path)
+    serving = repository.live("credit")
+    (tmp_path / "credit" / "3").mkdir()
+    (tmp_path / "credit" / "3" / "model.onnx").write_bytes(b"half a file")
+    repository.swap("credit", repository.admit("credit"))
+    assert repository.live("credit") is serving
+    assert [(entry.version, entry.state) for entry in repository.entries] == [("3", "UNAVAILABLE"), ("2", "READY")]
+
+
+def test_a_version_that_was_taken_away_makes_room_for_the_one_before(tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        write_table_bundle(tmp_path, name="credit", version=version)
+    repository = loaded(tmp_path)
+    shutil.rmtree(tmp_path / "credit" / "2")
+    repository.swap("credit", repository.admit("credit"))
+    assert repository.live("credit").version == "1"

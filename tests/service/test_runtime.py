@@ -95,5 +95,18 @@ def test_the_memory_of_a_gpu_can_be_limited() -> None:
     assert Placement(CPU_PROVIDER, "a test", gpu_memory_limit_bytes=2**30).provider_options == {}
 
 
+def test_shapes_that_do_not_fit_each_other_are_the_callers() -> None:
+    """With axes of any length only the engine sees that two of them should be equal."""
+    open_ended = graphs.model(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
+        {"w": np.ones((3, 2), np.float32)},
+        x=(onnx.TensorProto.FLOAT, ["batch", "width"]),
+        y=["batch", 2],
+    )
+    one = OnnxRuntime(open_ended.SerializeToString(), place("cpu"), threads=1)
+    with pytest.raises(RowsRejected, match="cannot take these values"):
+        one.run([np.ones((1, 4), np.float32)])
+
+
 def test_at_least_one_cpu_is_usable() -> None:
     assert usable_cpus() >= 1

@@ -556,9 +556,17 @@ REFUSED: list[tuple[str, Any, str, str]] = [
         "the key 'b' twice",
     ),
     ("norm", b'{"a": 1, "a": 2}', "duplicate_key", "the key 'a' twice"),
+    # as many colons as keys: one is an escape
+    (
+        "norm",
+        json.dumps(request()).encode()[:-1] + b', "id": "\\u003a", "a": 1, "a": 2}',
+        "duplicate_key",
+        "the key 'a' twice",
+    ),
     # binary tensors where no bytes are
     ("norm", request(tensor(data=..., parameters={"binary_data_size": 24})), "malformed_binary", "but 0 are left"),
     ("norm", request(tensor(parameters={"binary_data_size": 24})), "bad_request", "both 'data' and 'binary_data_size'"),
+    ("norm", request(tensor(data=[], parameters={"binary_data_size": 24})), "bad_request", "both 'data' and"),
     ("norm", request(tensor(parameters={"binary_data_size": 0})), "bad_request", "both 'data' and 'binary_data_size'"),
 ]
 
@@ -693,6 +701,8 @@ def test_a_json_length_of_the_whole_body_is_fine(repository: Repository) -> None
     assert infer(repository, "norm", body, headers).content == infer(repository, "norm", request()).content
     headers["content-type"] = "application/json"
     assert infer(repository, "norm", body, headers).status_code == 200
+    headers[JSON_LENGTH] = str(len(body) + 1)
+    assert infer(repository, "norm", body, headers).json()["code"] == "malformed_binary"
 
 
 def test_json_out_of_a_model_of_half_precision_is_refused_before_it_runs(repository: Repository) -> None:

@@ -1,0 +1,36 @@
+"""What is at a path, placed, admitted and said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from service.errors import Refused
+from service.printed import say, tell
+from service.repository import Repository, find, load
+from service.runtime import Placement, place, usable_cpus
+from service.settings import Settings
+
+
+def loaded(path: Path, settings: Settings) -> Repository:
+    """What is at `path`, admitted and said.
+
+    Raises:
+        WrongCall: there is nothing to serve at `path`.
+        Refused: the device cannot be had, or no model was admitted.
+    """
+    find(path)  # a wrong path is said before anything is begun
+    placement = placed(settings)
+    say(f"models run on {placement.provider} ({placement.why})")
+    repository = load(path, placement, settings, tell=tell)
+    if not repository.ready:
+        raise Refused(f"no model under '{path}' was admitted, so there is nothing to serve")
+    return repository
+
+
+def placed(settings: Settings) -> Placement:
+    """Where models run, with this process's share of the CPUs."""
+    return place(
+        settings.device,
+        gpu_memory_limit_bytes=settings.gpu_memory_limit_bytes,
+        cpus=max(1, usable_cpus() // settings.workers),
+    )

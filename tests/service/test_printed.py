@@ -1,0 +1,49 @@
+"""What is printed at the start is short enough to read and works as it stands."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from service.printed import LONGEST_CALL, announcement
+from service.protocol import v2
+from service.repository import Repository, load
+from service.runtime import place
+from service.settings import Settings
+from tests import graphs
+
+
+def image_model(folder: Path) -> Path:
+    path = folder / "pixels.onnx"
+    nodes = [
+        onnx.helper.make_node("GlobalAveragePool", ["x"], ["pooled"]),
+        onnx.helper.make_node("Flatten", ["pooled"], ["y"]),
+    ]
+    x = (onnx.TensorProto.FLOAT, ["batch", 3, 40, 50])
+    onnx.save(graphs.model(nodes, {}, x=x, y=["batch", 3]), path)
+    return path
+
+
+def said(repository: Repository) -> str:
+    return announcement(repository, "127.0.0.1", 8000, workers=1)
+
+
+def test_the_call_for_an_image_is_a_line_that_sends_zeros(tmp_path: Path) -> None:
+    """The very bytes that the shell pipes into curl are a request that fits."""
+    live = load(image_model(tmp_path), place("cpu"), Settings(threads=1, max_batch_rows=2)).only()
+    printed = said(load(image_model(tmp_path), place("cpu"), Settings(threads=1, max_batch_rows=2)))
+    call = printed[printed.index("{ printf") :].strip()
+    assert len(call) < LONGEST_CALL
+    producer, consumer = call.split("|\n")
+    length = int(consumer.split("Inference-Header-Content-Length: ")[1].split("'")[0])
+    body = subprocess.run(["sh", "-c", producer], capture_output=True, check=True, timeout=10).stdout
+    request = v2.parse(live, body, length)
+    np.testing.assert_array_equal(request.accepted.tensors[0], np.zeros((1, 3, 40, 50), np.float32))
+
+
+def test_with_nothing_left_to_serve_the_index_is_named(tmp_path: Path) -> None:
+    empty = Repository([], path=tmp_path, placement=place("cpu"), settings=Settings())
+    assert "/v2/repository/index" in said(empty)
