@@ -21,7 +21,7 @@ from typing import Any, final
 from service.app import create_app
 from service.bundle import Bundle
 from service.errors import NotReady, Refused
-from service.http_server import SharingServer
+from service.http_server import SHARED_TAKES_AT_ONCE, Server
 from service.loading import loaded, placed
 from service.printed import announcement
 from service.repository import Entry, Repository, load_these
@@ -92,7 +92,8 @@ class Worker:
     async def _listen(self) -> None:
         listens = asyncio.Event()
         crew = OneOfSeveral(self._supervisor)
-        server = SharingServer(create_app(self._repository, self._settings, crew), listens.set)
+        app = create_app(self._repository, self._settings, crew)
+        server = Server(app, listens.set, takes_at_once=SHARED_TAKES_AT_ONCE)
         self._tasks.create_task(server.serve(sockets=[self._listening]))
         await listens.wait()
 

@@ -15,7 +15,7 @@ import pytest
 
 from service import http_server
 from service.errors import EvalmodeError, Internal, LoadRefused, NotReady, Refused, UnknownModel
-from service.http_server import SharingServer
+from service.http_server import SHARED_TAKES_AT_ONCE, Server
 from service.statistics import Document, Statistics
 from service.workers import conductor as conducting
 from service.workers.channel import Channel, Facts, Gone, restored
@@ -227,11 +227,11 @@ async def answer_nothing(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def sharing(*sockets: socket.socket) -> AsyncIterator[list[SharingServer]]:
+async def sharing(*sockets: socket.socket) -> AsyncIterator[list[Server]]:
     servers, ends = [], []
     for listening in sockets:
         listens = asyncio.Event()
-        servers.append(SharingServer(answer_nothing, listens.set))
+        servers.append(Server(answer_nothing, listens.set, takes_at_once=SHARED_TAKES_AT_ONCE))
         ends.append(asyncio.create_task(servers[-1].serve(sockets=[listening])))
         await listens.wait()
     yield servers
@@ -245,7 +245,7 @@ async def next_turn() -> None:
     await asyncio.sleep(0)
 
 
-def taken(server: SharingServer) -> int:
+def taken(server: Server) -> int:
     return len(server.server_state.connections)
 
 
@@ -265,6 +265,29 @@ def test_nobody_takes_all_connections() -> None:
     in_a_thread(scenario)
 
 
+def test_who_comes_while_much_happens_does_not_wait_for_as_many_turns() -> None:
+    """Of a hundred that come at once, alone on its socket a process takes most in its next turn."""
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
+            listens = asyncio.Event()
+            server = Server(answer_nothing, listens.set)
+            serving = asyncio.create_task(server.serve(sockets=[listening]))
+            await listens.wait()
+            clients = [socket.create_connection(listening.getsockname()) for _ in range(100)]
+            turns = 0
+            while taken(server) < 100:
+                await next_turn()
+                turns += 1
+            assert turns < 20
+            for client in clients:
+                client.close()
+            server.should_exit = True
+            await serving
+
+    in_a_thread(scenario)
+
+
 def test_without_file_descriptors_a_connection_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither is it lost, nor is it tried again and again meanwhile."""
     monkeypatch.setattr(http_server, "EXHAUSTED_PAUSE_S", 0.05)
@@ -276,7 +299,7 @@ def test_without_file_descriptors_a_connection_waits(monkeypatch: pytest.MonkeyP
                 with socket.create_connection(listening.getsockname()):
                     while not taken(server):
                         await next_turn()
-                    assert listening.tried == 2
+                    assert listening.tried == 3  # refused, taken, and nobody else is there
 
     in_a_thread(scenario)
 
