@@ -20,6 +20,9 @@ from service.protocol.json import error_body
 
 EXTENSION = "evalmode.wire"
 
+PART_BYTES = 1024 * 1024
+"""As much of a body is kept for the application before the client is told to wait."""
+
 
 @final
 class Wire:
@@ -78,6 +81,16 @@ class Connection(HttpToolsProtocol):
         )
         self.transport.write(head % len(body) + b"\r\n" + body)
         self.transport.close()
+
+    def on_body(self, body: bytes) -> None:
+        """Wake the application for a whole body or a large part of it, and not for each packet of an image."""
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        cycle.body += body
+        if len(cycle.body) >= PART_BYTES:
+            self.flow.pause_reading()
+            cycle.message_event.set()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
