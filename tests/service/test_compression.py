@@ -90,7 +90,7 @@ def test_a_body_that_is_cut_short_anywhere_is_refused(encoding: Encoding) -> Non
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("rest", [b"\0", b"x", b"{}", gzip.compress(b"more"), zlib.compress(b"more")])
+@pytest.mark.parametrize("rest", [b"\0", b"x", b"{}", gzip.compress(b"more", mtime=0), zlib.compress(b"more")])
 def test_nothing_may_follow(encoding: Encoding, rest: bytes) -> None:
     """Not even a second member, which some readers would join and others drop."""
     with pytest.raises(MalformedCompression):
@@ -117,7 +117,7 @@ def _raw_deflate(content: bytes) -> bytes:
     [
         (b'{"a": 1}', "gzip"),
         (b'{"a": 1}', "deflate"),
-        (gzip.compress(b"abc"), "deflate"),
+        (gzip.compress(b"abc", mtime=0), "deflate"),
         (zlib.compress(b"abc"), "gzip"),
         (_raw_deflate(b"abc"), "deflate"),
         (b"", "gzip"),
