@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from service import management, openapi
+from service.asgi import Application
 from service.crew import Alone, Crew
 from service.errors import (
     Internal,
@@ -34,14 +35,14 @@ PAGE_FOLDER = Path(__file__).parent / "page"
 DESCRIPTION = "Serves networks with BatchNorm exactly as they were evaluated: running statistics, never the batch's."
 
 
-def create_app(repository: Repository, settings: Settings, crew: Crew | None = None) -> Predictions:
+def create_app(repository: Repository, settings: Settings, crew: Crew | None = None) -> Application:
     """The ASGI application that serves these models.
 
     Args:
         crew: the processes that serve them; by default this one alone.
     """
     rest = _fastapi(repository, crew or Alone(repository), settings)
-    return Predictions(repository, body_limit_bytes=settings.body_limit_bytes, rest=rest)
+    return Application(Predictions(repository), body_limit_bytes=settings.body_limit_bytes, rest=rest)
 
 
 def _fastapi(repository: Repository, crew: Crew, settings: Settings) -> FastAPI:

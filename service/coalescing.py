@@ -13,6 +13,7 @@ Rule 5: whoever has gone, or has no time left, is dropped before anything is com
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter_ns
@@ -28,22 +29,18 @@ from service.statistics import Statistics
 
 Outputs = list[NDArray[Any]]
 
+_log = logging.getLogger(__name__)
+
 
 @final
 class Computed:
     """A request's way through the model: its rows, then what the model gave for them, and where the time went."""
 
-    __slots__ = ("accepted", "answer", "compute_ns", "error", "expires_ns", "gone", "outputs", "queue_ns", "since_ns")
+    __slots__ = ("accepted", "compute_ns", "error", "expires_ns", "gone", "outputs", "queue_ns", "since_ns", "tell")
 
-    def __init__(
-        self,
-        accepted: Accepted,
-        answer: asyncio.Future[Computed],
-        expires_ns: int | None,
-        gone: Callable[[], bool] | None,
-    ) -> None:
+    def __init__(self, accepted: Accepted, tell: Tell, expires_ns: int | None, gone: Callable[[], bool] | None) -> None:
         self.accepted = accepted
-        self.answer = answer
+        self.tell = tell
         self.expires_ns = expires_ns
         self.gone = gone
         self.since_ns = perf_counter_ns()
@@ -51,9 +48,14 @@ class Computed:
         self.outputs: Outputs = []
         """One array per output of the model, with this request's rows."""
         self.error: Exception | None = None
+        """Why there are none."""
         self.queue_ns = 0
         self.compute_ns = 0
         """Of the whole batch that it ran in."""
+
+
+Tell = Callable[[Computed], None]
+"""Called once, on the event loop, with the outputs or the error."""
 
 
 def plan(waiting_rows: Iterable[int], max_rows: int) -> int:
@@ -99,37 +101,32 @@ class Coalescer:
     def submit(
         self,
         accepted: Accepted,
+        tell: Tell,
         *,
         alone: bool = False,
         expires_ns: int | None = None,
         gone: Callable[[], bool] | None = None,
-    ) -> asyncio.Future[Computed]:
-        """What the model gives for these rows, as a future.
-
-        Cancelling the future drops the rows if they have not started to run.
+    ) -> None:
+        """Run these rows, and tell what came of them: what the model gave, or what it raised, or `ClientLeft`, or
+        `DeadlineExceeded`.
 
         Args:
-            alone: no other request is being read or answered in this process, so nothing is gained by waiting for the
-                turn of the loop to end.
+            tell: may be called before this returns.
+            alone: nobody else can be asking, so nothing is gained by waiting for the turn of the loop to end.
             expires_ns: on the clock of `perf_counter_ns`; after it nobody wants the answer.
             gone: says that the client has left.
-
-        Raises:
-            ClientLeft, DeadlineExceeded: through the future, as is what the model raised.
         """
-        loop = asyncio.get_running_loop()
-        request = Computed(accepted, loop.create_future(), expires_ns, gone)
+        request = Computed(accepted, tell, expires_ns, gone)
         if alone and not self._busy and accepted.rows <= self._inline_rows:
             if expires_ns is None or _wanted(request, request.since_ns):
                 batch = [request]
                 self._compute(batch)
                 _answer(batch)
-            return request.answer
+            return
         self._waiting.append(request)
         if not self._busy:
             self._busy = True
-            loop.call_soon(self._run_next)
-        return request.answer
+            asyncio.get_running_loop().call_soon(self._run_next)
 
     def _run_next(self) -> None:
         batch = self._take()
@@ -195,25 +192,22 @@ class Coalescer:
 
 def _answer(batch: Sequence[Computed]) -> None:
     for request in batch:
-        if request.answer.done():  # cancelled while it ran
-            continue
-        if request.error is None:
-            request.answer.set_result(request)
-        else:
-            request.answer.set_exception(request.error)
+        try:
+            request.tell(request)
+        except Exception:  # whoever is told last hears it too
+            _log.exception("an answer could not be given")
 
 
 def _wanted(request: Computed, now_ns: int) -> bool:
-    """Somebody waits for the answer, and still has time to."""
-    if request.answer.done():
-        return False
+    """Somebody waits for the answer, and still has time to; who does not is told why."""
     if request.gone is not None and request.gone():
-        request.answer.set_exception(ClientLeft())
-        return False
-    if request.expires_ns is not None and now_ns >= request.expires_ns:
-        request.answer.set_exception(DeadlineExceeded())
-        return False
-    return True
+        request.error = ClientLeft()
+    elif request.expires_ns is not None and now_ns >= request.expires_ns:
+        request.error = DeadlineExceeded()
+    else:
+        return True
+    _answer([request])
+    return False
 
 
 def _stacked(batch: Sequence[Computed]) -> Sequence[NDArray[Any]]:

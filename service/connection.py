@@ -1,97 +1,204 @@
-"""uvicorn's connection, and the two things about it that the short path wants to know and ASGI does not tell.
+"""A connection that answers predictions itself: from the socket to the model and back, without ASGI between.
 
-ASGI sends the head and the body of an answer as two messages, and uvicorn writes each at once: two system calls, two
-packets, and a client that is woken twice. A `Wire` holds the head back until the body is there. It also knows how many
-requests are being answered, so that a request that is alone need not wait for company, and whether its client has left.
+ASGI costs a task, a dozen calls and two writes for each request, which is more than a small network takes. So what most
+callers send, one request after another with a body of a known length that is neither compressed nor too large, is
+handed to the predictions as soon as it is read, and its answer leaves in one write. All else is uvicorn's, and gets the
+same answers by the way of asgi.py.
 
-The application finds its `Wire` in the scope's extensions; without one (another server) it does without.
+Rule 1: one request at a time. One that comes before the last is answered goes to uvicorn, which keeps it until then.
+Rule 2: whoever does not read its answers is asgi.py's, which waits for it.
+Rule 3: a request that has begun is answered before a connection is shut down.
+Rule 4: nobody holds a connection for nothing: one that is idle for long, sends too slowly or does not read its answer
+        is closed. The server looks after that now and then (`close_if_late`), instead of a timer for each request.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sized
-from typing import Any, final
+import math
+from typing import Any, ClassVar, cast, final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
-from service.errors import BadRequest
+from service.asgi import GONE, Application, headers_by_name
+from service.errors import BadRequest, RequestError, RequestTooSlow
+from service.prediction import Headers, Route, Said, route_of
 from service.protocol.json import error_body
 
-EXTENSION = "evalmode.wire"
+_ELSEWHERE = frozenset({b"content-encoding", b"transfer-encoding", b"expect", b"upgrade"})
+"""With one of these headers a request is not ours."""
 
-PART_BYTES = 1024 * 1024
-"""As much of a body is kept for the application before the client is told to wait."""
+_JOINED_BYTES = 64 * 1024
+"""A body up to this size is copied behind its head; a larger one is sent after it, in the same system call."""
+
+
+KEEP_ALIVE_S = 75.0
+"""How long a connection may be idle: longer than the minute after which most proxies close it on their side, so that
+they do not send a request into a connection that is being closed here."""
+
+BEGIN_S = 30.0
+RATE_BYTES_S = 16 * 1024
+"""A request has to be here after `BEGIN_S`, and a second more for each so many bytes of its body."""
 
 
 @final
-class Wire:
-    """A transport whose writes can be held back and sent together; everything else is the transport's own."""
+class Exchange:
+    """A prediction's request, and then whether it is answered; in the place of uvicorn's `RequestResponseCycle`."""
 
-    def __init__(self, transport: asyncio.Transport, requests: Sized) -> None:
-        self._transport = transport
-        self._requests = requests
-        self._held: list[bytes] | None = None
+    __slots__ = ("body", "disconnected", "headers", "keep_alive", "response_complete", "route")
 
-    @property
-    def alone(self) -> bool:
-        """No other request has begun and is not yet answered, on any connection."""
-        return len(self._requests) <= 1
+    message_event: ClassVar[asyncio.Event] = asyncio.Event()
+    """uvicorn sets it when a client leaves; nobody waits for it."""
 
-    def cork(self) -> None:
-        """From here on, hold what is written."""
-        self._held = []
-
-    def uncork(self) -> None:
-        """Send what was held, in one system call."""
-        held, self._held = self._held, None
-        if held and not self._transport.is_closing():
-            self._transport.writelines(held)
-
-    def write(self, data: bytes) -> None:
-        if self._held is None:
-            self._transport.write(data)
-        else:
-            self._held.append(data)
-
-    def close(self) -> None:
-        self.uncork()
-        self._transport.close()
-
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
+    def __init__(self, route: Route, headers: Headers, *, keep_alive: bool) -> None:
+        self.route = route
+        self.headers = headers
+        self.body: list[bytes] = []
+        self.keep_alive = keep_alive
+        self.disconnected = False
+        self.response_complete = False
 
 
 @final
 class Connection(HttpToolsProtocol):
-    """A connection that hands its `Wire` to the application."""
+    """uvicorn's connection, with a shorter way for predictions."""
 
-    def connection_made(self, transport: Any) -> None:
-        self._extensions = {EXTENSION: Wire(transport, self.tasks)}
-        super().connection_made(self._extensions[EXTENSION])  # type: ignore[arg-type]  # it is one but for its class
-
-    def send_400_response(self, msg: str) -> None:
-        """What is not HTTP is answered as every error is."""
-        body = error_body(BadRequest(f"the request is not valid HTTP/1.1: {msg.rstrip('.')}"))
-        head = (
-            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n"
-        )
-        self.transport.write(head % len(body) + b"\r\n" + body)
-        self.transport.close()
-
-    def on_body(self, body: bytes) -> None:
-        """Wake the application for a whole body or a large part of it, and not for each packet of an image."""
-        cycle = self.cycle
-        if cycle.response_complete:
-            return
-        cycle.body += body
-        if len(cycle.body) >= PART_BYTES:
-            self.flow.pause_reading()
-            cycle.message_event.set()
+    def __init__(self, config: uvicorn.Config, server_state: ServerState, app_state: dict[str, Any], app: Application):
+        super().__init__(config, server_state, app_state)
+        self._application = app
+        self._exchange: Exchange | None = None
+        """The request that is being read; None if it is uvicorn's."""
+        self._reading = False
+        """A request has begun and is not here yet."""
+        self._deadline_s = self.loop.time() + BEGIN_S
+        """The client has so long, on the clock of the event loop: for its next request, or for the rest of one."""
 
     def on_message_begin(self) -> None:
+        """Without the scope, which most requests do not need."""
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+        self._reading = True
+        if self._answered():
+            self._deadline_s = self.loop.time() + BEGIN_S
+
+    def on_headers_complete(self) -> None:
+        self._exchange = self._short_way()
+        if self._exchange is not None:
+            self.cycle = cast(RequestResponseCycle, self._exchange)
+            return
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
         super().on_message_begin()
-        self.scope["extensions"] = self._extensions  # type: ignore[typeddict-item]  # any server may add its own
+        self.url, self.headers, self.expect_100_continue = url, headers, expects
+        self.scope["headers"] = headers
+        self.scope["extensions"] = {GONE: {GONE: self.transport.is_closing}}
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._deadline_s += len(body) / RATE_BYTES_S
+        if self._exchange is not None:
+            self._exchange.body.append(body)
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._reading = False
+        if not self._answered():
+            self._deadline_s = math.inf
+        exchange = self._exchange
+        if exchange is None:
+            super().on_message_complete()
+            return
+        body = exchange.body
+
+        def reply(status: int, said: Said, content: bytes) -> None:
+            self._reply(exchange, status, said, content)
+
+        self._application.predictions.answer(
+            exchange.route,
+            exchange.headers,
+            body[0] if len(body) == 1 else b"".join(body),
+            reply,
+            alone=len(self.connections) == 1,
+            gone=self.transport.is_closing,
+        )
+
+    def on_response_complete(self) -> None:
+        """Go on with what came meanwhile, else wait for what comes next."""
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+        if self._reading or self._answered():
+            patience_s = BEGIN_S if self._reading else KEEP_ALIVE_S
+            unsent_bytes = self.transport.get_write_buffer_size()
+            self._deadline_s = self.loop.time() + patience_s + unsent_bytes / RATE_BYTES_S
+
+    def close_if_late(self) -> None:
+        """Let go of a client that has not kept its deadline."""
+        if self.loop.time() < self._deadline_s:
+            return
+        if self.transport.get_write_buffer_size():  # it does not read; what is left is not waited for
+            self.transport.abort()
+        elif not self.transport.is_closing():
+            if self._reading:
+                self._refuse(RequestTooSlow())
+            self.transport.close()
+
+    def _short_way(self) -> Exchange | None:
+        """None if the request has to go the other way."""
+        if (
+            self.parser.get_method() != b"POST"
+            or (route := route_of(self.url.decode("latin-1"))) is None
+            or not self._answered()
+            or self.flow.write_paused
+            or self.parser.get_http_version() != "1.1"
+        ):
+            return None
+        headers = headers_by_name(self.headers)
+        declared = headers.get(b"content-length", b"")
+        if (
+            not declared.isdigit()
+            or int(declared) > self._application.body_limit_bytes
+            or not _ELSEWHERE.isdisjoint(headers)
+        ):
+            return None
+        return Exchange(route, headers, keep_alive=self.parser.should_keep_alive())
+
+    def _answered(self) -> bool:
+        """The request before this one, if there was one."""
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is None or cycle.response_complete
+
+    def _reply(self, exchange: Exchange, status: int, said: Said, content: bytes) -> None:
+        exchange.response_complete = True
+        if self.transport.is_closing():
+            return
+        lines = [STATUS_LINE[status]]
+        for name, value in self.server_state.default_headers:
+            lines.append(b"%b: %b\r\n" % (name, value))
+        for name, value in said:
+            lines.append(b"%b: %b\r\n" % (name, value))
+        lines.append(b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n")
+        if len(content) <= _JOINED_BYTES:
+            lines.append(content)
+            self.transport.write(b"".join(lines))
+        else:
+            self.transport.writelines([b"".join(lines), content])
+        if not exchange.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(BadRequest(f"the request is not valid HTTP/1.1: {msg.rstrip('.')}"))
+        self.transport.close()
+
+    def _refuse(self, error: RequestError) -> None:
+        """What is not even a request is answered as every error is."""
+        content = error_body(error)
+        said = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content)
+        self.transport.write(STATUS_LINE[error.status] + said + content)

@@ -299,6 +299,16 @@ class MethodNotAllowed(RequestError):
     code = "method_not_allowed"
 
 
+class RequestTooSlow(RequestError):
+    """A request began and did not arrive in time."""
+
+    status = 408
+    code = "request_too_slow"
+
+    def __init__(self) -> None:
+        super().__init__("the request did not arrive in time; send it again, whole")
+
+
 class BodyTooLarge(RequestError):
     """The body is larger than the limit; it is not read to its end."""
 

@@ -14,14 +14,16 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import Any, final
+from typing import Any, cast, final
 
 import uvicorn
 
+from service.asgi import Application
 from service.connection import Connection
 
 TICK_S = 1.0
-"""How often uvicorn looks after its date header; its own tenth of a second keeps an idle process from sleeping."""
+"""How often the date header and late clients are looked after; uvicorn's own tenth of a second keeps an idle process
+from sleeping."""
 
 TAKES_AT_ONCE = 64
 SHARED_TAKES_AT_ONCE = 4
@@ -31,7 +33,7 @@ EXHAUSTED_PAUSE_S = 1.0
 """Without a free file descriptor a connection is left waiting for so long, as asyncio's own servers do."""
 
 
-def config(app: Any) -> uvicorn.Config:
+def config(app: Application) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         lifespan="on",
@@ -50,12 +52,15 @@ def config(app: Any) -> uvicorn.Config:
 class Server(uvicorn.Server):
     """Says when it listens, so that what is printed then can be used at once."""
 
-    def __init__(self, app: Any, when_listening: Callable[[], None], *, takes_at_once: int = TAKES_AT_ONCE) -> None:
+    def __init__(
+        self, app: Application, when_listening: Callable[[], None], *, takes_at_once: int = TAKES_AT_ONCE
+    ) -> None:
         """
         Args:
             takes_at_once: the most connections that are taken in a turn of the loop.
         """
         super().__init__(config(app))
+        self._app = app
         self._when_listening = when_listening
         self._takes_at_once = takes_at_once
         self._ending = asyncio.Event()
@@ -77,6 +82,8 @@ class Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         while not await self.on_tick(0):
+            for connection in cast("list[Connection]", [*self.server_state.connections]):
+                connection.close_if_late()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), TICK_S)
 
@@ -111,4 +118,4 @@ class Server(uvicorn.Server):
             asyncio.get_running_loop().add_reader(self._listening, self._take)
 
     def _connection(self) -> Connection:
-        return Connection(self.config, self.server_state, self.lifespan.state)
+        return Connection(self.config, self.server_state, self.lifespan.state, self._app)

@@ -1,9 +1,10 @@
-"""The path of a prediction: plain ASGI in front of FastAPI's middleware.
+"""The path of a prediction, from a body to an answer:
 
     bytes -> parse -> Accepted -> coalescing -> runtime -> render -> bytes
 
-Everything that is not a prediction goes on to `rest`, the FastAPI application. A request id is taken from the caller or
-made, and returned with every answer of either.
+Two ways lead here and back to the client: most requests come straight from their connection (connection.py), the rest,
+and those of any other server, through ASGI (asgi.py). A request id is taken from the caller or made, and returned with
+every answer of either.
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Callable
 from time import perf_counter_ns
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
-from service.connection import EXTENSION, Wire
+from service.coalescing import Computed
 from service.errors import (
-    BadRequest,
-    BodyTooLarge,
     Internal,
     MalformedBinary,
     MethodNotAllowed,
@@ -30,36 +29,39 @@ from service.errors import (
     UnsupportedMediaType,
     clipped,
 )
-from service.protocol import JSON, OCTET_STREAM, Parse, predict, v2
-from service.protocol.compression import WORTH_BYTES, Encoding, accepted, compressed, decompressed
+from service.protocol import JSON, OCTET_STREAM, Parse, Request, predict, v2
+from service.protocol.compression import WORTH_BYTES, Encoding, accepted, compressed
 from service.protocol.json import error_body
 from service.repository import Live, Repository
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = dict[bytes, bytes]
+"""Of a request, by name in lower case."""
+
+Said = list[tuple[bytes, bytes]]
+"""The headers of an answer."""
+
+Reply = Callable[[int, Said, bytes], None]
+"""Takes the status, the headers and the body of an answer."""
 
 REQUEST_ID = b"x-request-id"
 SERVER_TIMING = b"server-timing"
 JSON_LENGTH = b"inference-header-content-length"
 _JSON_TYPE = (b"content-type", JSON)
 _OCTET_STREAM_TYPE = (b"content-type", OCTET_STREAM)
-_NO_EXTENSIONS: dict[str, Wire] = {}
 _REQUEST_ID_TAKEN = re.compile(rb"[\x21-\x7e]{1,128}")
 
 _PREDICT = re.compile(r"/predict|/models/(?P<model>[^/]+)/predict")
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
-_THREAD_BYTES = 64 * 1024
+THREAD_BYTES = 64 * 1024
 """A body from this size on is compressed or decompressed in a thread: it takes as long as many small predictions."""
 
 _log = logging.getLogger(__name__)
 
 
-class _Route(NamedTuple):
+class Route(NamedTuple):
+    """What a path asks for."""
+
     parse: Parse
     binary: bool
     """Binary tensors may follow the JSON."""
@@ -67,149 +69,142 @@ class _Route(NamedTuple):
     version: str | None
 
 
-def _route(path: str) -> _Route | None:
-    """What a path asks for; None if it is not a prediction."""
+def route_of(path: str) -> Route | None:
+    """None if it is not a prediction."""
     return _short_route(path) if len(path) <= 512 else None  # no model has so long a name
 
 
 @functools.lru_cache(maxsize=1024)
-def _short_route(path: str) -> _Route | None:
+def _short_route(path: str) -> Route | None:
     if found := _INFER.fullmatch(path):
-        return _Route(v2.parse, True, found["model"], found["version"])
+        return Route(v2.parse, True, found["model"], found["version"])
     if found := _PREDICT.fullmatch(path):
-        return _Route(predict.parse, False, found["model"], None)
+        return Route(predict.parse, False, found["model"], None)
     return None
 
 
 @final
 class Predictions:
-    """Answers predictions; hands everything else to `rest`."""
+    """Answers predictions with the models of a repository."""
 
-    def __init__(self, repository: Repository, *, body_limit_bytes: int, rest: Asgi) -> None:
+    def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        self._body_limit_bytes = body_limit_bytes
-        self._rest = rest
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._rest(scope, receive, send)
-            return
-        headers = _headers(scope["headers"])
-        request_id = _request_id(headers)
-        if b"%2" in (raw_path := scope.get("raw_path") or b""):
-            scope = {**scope, "path": _with_slashes_as_sent(scope["path"], raw_path)}
-        route = _route(scope["path"])
-        if route is None:
-            await self._rest(scope, receive, _with_request_id(send, request_id))
-            return
-        wire: Wire | None = scope.get("extensions", _NO_EXTENSIONS).get(EXTENSION)
-        live: Live | None = None
-        read_ns = perf_counter_ns()
+    def answer(
+        self,
+        route: Route,
+        headers: Headers,
+        body: bytes,
+        reply: Reply,
+        *,
+        alone: bool = False,
+        gone: Callable[[], bool] | None = None,
+    ) -> None:
+        """Predict; whatever happens, `reply` is called once, on the event loop, before this returns or later.
+
+        Args:
+            body: whole, uncompressed.
+            alone: nobody else can be asking, see `Coalescer.submit`.
+            gone: says that the client has left.
+        """
+        prediction = _Prediction(headers, reply)
         try:
-            if scope["method"] != "POST":
-                raise MethodNotAllowed(f"{scope['path']} takes POST, not {scope['method']}")
+            check_content_type(headers, binary=route.binary)
             live = self._repository.only() if route.model is None else self._repository.live(route.model, route.version)
-            body = await self._body(receive, headers, route)
-            read_ns = perf_counter_ns()
+            prediction.live = live
             request = route.parse(live, body, _json_bytes(headers, len(body)) if route.binary else None)
-            computed = await live.coalescer.submit(
+            prediction.request = request
+            live.coalescer.submit(
                 request.accepted,
-                alone=wire is not None and wire.alone,
-                expires_ns=None if request.timeout_s is None else read_ns + int(request.timeout_s * 1e9),
-                gone=None if wire is None else wire.is_closing,
+                prediction.answer,
+                alone=alone,
+                expires_ns=None if request.timeout_s is None else prediction.since_ns + int(request.timeout_s * 1e9),
+                gone=gone,
             )
-            status, (content, json_bytes) = 200, request.render(computed.outputs)
-            said = [
-                _JSON_TYPE if json_bytes is None else _OCTET_STREAM_TYPE,
-                (
-                    SERVER_TIMING,
-                    b"queue;dur=%.3f, compute;dur=%.3f" % (computed.queue_ns / 1e6, computed.compute_ns / 1e6),
-                ),
-            ]
+        except Exception as error:
+            prediction.refuse(error)
+
+
+@final
+class _Prediction:
+    """One of them, from its request to its answer."""
+
+    __slots__ = ("headers", "live", "reply", "request", "since_ns")
+
+    request: Request
+
+    def __init__(self, headers: Headers, reply: Reply) -> None:
+        self.headers = headers
+        self.reply = reply
+        self.live: Live | None = None
+        self.since_ns = perf_counter_ns()
+        """When its last byte was read."""
+
+    def answer(self, computed: Computed) -> None:
+        """With what was computed, or with the reason why it was not."""
+        try:
+            if computed.error is not None:
+                raise computed.error
+            content, json_bytes = self.request.render(computed.outputs)
+            timing = b"queue;dur=%.3f, compute;dur=%.3f" % (computed.queue_ns / 1e6, computed.compute_ns / 1e6)
+            said = [_JSON_TYPE if json_bytes is None else _OCTET_STREAM_TYPE, (SERVER_TIMING, timing)]
             if json_bytes is not None:
                 said.append((JSON_LENGTH, b"%d" % json_bytes))
-            if len(content) >= WORTH_BYTES and (encoding := accepted(headers.get(b"accept-encoding", b""))):
-                content = await _compressed(content, encoding)
+            if len(content) >= WORTH_BYTES and (encoding := accepted(self.headers.get(b"accept-encoding", b""))):
                 said += [(b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding")]
-            live.statistics.answered(perf_counter_ns() - read_ns, computed.queue_ns)
+                if len(content) >= THREAD_BYTES:
+                    self._answer_compressed(said, content, encoding, computed.queue_ns)
+                    return
+                content = compressed(content, encoding)
         except Exception as error:
-            if not isinstance(error, RequestError):
-                _log.exception("prediction failed, request id %s", request_id.decode())
-                error = Internal()
-            if live is not None:
-                live.statistics.failed(perf_counter_ns() - read_ns)
-            status, content, said = error.status, error_body(error), _refusal_headers(error)
+            self.refuse(error)
+        else:
+            self._answer(said, content, computed.queue_ns)
+
+    def _answer_compressed(self, said: Said, content: bytes, encoding: Encoding, queue_ns: int) -> None:
+        def answer(work: asyncio.Future[bytes]) -> None:
+            if error := work.exception():
+                self.refuse(error)
+            else:
+                self._answer(said, work.result(), queue_ns)
+
+        asyncio.get_running_loop().run_in_executor(None, compressed, content, encoding).add_done_callback(answer)
+
+    def _answer(self, said: Said, content: bytes, queue_ns: int) -> None:
+        assert self.live is not None
+        self.live.statistics.answered(perf_counter_ns() - self.since_ns, queue_ns)
         said.append((b"content-length", b"%d" % len(content)))
-        said.append((REQUEST_ID, request_id))
-        if wire is not None:
-            wire.cork()
-        await send({"type": "http.response.start", "status": status, "headers": said})
-        await send({"type": "http.response.body", "body": content})
-        if wire is not None:
-            wire.uncork()
+        said.append((REQUEST_ID, request_id(self.headers)))
+        self.reply(200, said, content)
 
-    async def _body(self, receive: Receive, headers: Headers, route: _Route) -> bytes:
-        """What the client sent, uncompressed.
-
-        Raises:
-            RequestError: it is too large, of another kind than the route takes, or not what its headers say.
-        """
-        limit_bytes = self._body_limit_bytes
-        _check_content_type(headers.get(b"content-type", b""), binary=route.binary)
-        declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > limit_bytes:
-            raise BodyTooLarge(limit_bytes=limit_bytes)
-        chunks: list[bytes] = []
-        size = 0
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise BadRequest("the client left before its request was complete")
-            chunk = message.get("body", b"")
-            more = message.get("more_body", False)
-            size += len(chunk)
-            if size > limit_bytes:
-                raise BodyTooLarge(limit_bytes=limit_bytes)
-            chunks.append(chunk)
-        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        if b"content-encoding" not in headers:
-            return body
-        if size < _THREAD_BYTES // 32:  # it may become a thousand times as large
-            return decompressed(body, headers[b"content-encoding"], limit_bytes=limit_bytes)
-        return await asyncio.to_thread(decompressed, body, headers[b"content-encoding"], limit_bytes=limit_bytes)
+    def refuse(self, error: BaseException) -> None:
+        """Say what is wrong."""
+        if self.live is not None:
+            self.live.statistics.failed(perf_counter_ns() - self.since_ns)
+        self.reply(*refusal(error, request_id(self.headers)))
 
 
-async def _compressed(content: bytes, encoding: Encoding) -> bytes:
-    if len(content) < _THREAD_BYTES:
-        return compressed(content, encoding)
-    return await asyncio.to_thread(compressed, content, encoding)
-
-
-def _headers(pairs: Sequence[tuple[bytes, bytes]]) -> Headers:
-    """By name; one that was sent twice is joined by commas (RFC 9110, section 5.2), and then means what that means."""
-    headers = dict(pairs)
-    if len(headers) < len(pairs):
-        headers = {name: b", ".join([value for other, value in pairs if other == name]) for name in headers}
-    return headers
-
-
-def _with_slashes_as_sent(path: str, raw_path: bytes) -> str:
-    """The path; as it was sent if a slash in it was encoded, so that what was one segment does not become two."""
-    return raw_path.decode("latin-1") if b"%2f" in raw_path.lower() else path
-
-
-def _refusal_headers(error: RequestError) -> list[tuple[bytes, bytes]]:
-    said = [_JSON_TYPE]
+def refusal(error: BaseException, request_id: bytes) -> tuple[int, Said, bytes]:
+    """The answer to a request that failed; what is not its caller's fault is logged, and not told."""
+    if not isinstance(error, RequestError):
+        _log.error("prediction failed, request id %s", request_id.decode(), exc_info=error)
+        error = Internal()
+    content = error_body(error)
+    said = [_JSON_TYPE, (b"content-length", b"%d" % len(content)), (REQUEST_ID, request_id)]
     if isinstance(error, MethodNotAllowed):
         said.append((b"allow", b"POST"))
     if isinstance(error, UnsupportedEncoding):
         said.append((b"accept-encoding", b"gzip, deflate"))
-    return said
+    return error.status, said, content
 
 
-def _check_content_type(content_type: bytes, *, binary: bool) -> None:
-    """JSON, or not said, which Open Inference Protocol clients do; bytes where there may be binary tensors."""
+def check_content_type(headers: Headers, *, binary: bool) -> None:
+    """JSON, or not said, which Open Inference Protocol clients do; bytes where there may be binary tensors.
+
+    Raises:
+        UnsupportedMediaType: it is something else.
+    """
+    content_type = headers.get(b"content-type", b"")
     if content_type == JSON:
         return
     kind = content_type.split(b";", 1)[0].strip().lower()
@@ -238,19 +233,10 @@ _ID_PREFIX = secrets.token_hex(6).encode()
 _id_numbers = itertools.count(1)
 
 
-def _request_id(headers: Headers) -> bytes:
+def request_id(headers: Headers) -> bytes:
     """The caller's if it gave one, else one that no other process makes; random bytes for each would cost a system
     call."""
     given = headers.get(REQUEST_ID)
     if given and _REQUEST_ID_TAKEN.fullmatch(given):
         return given
     return b"%b-%x" % (_ID_PREFIX, next(_id_numbers))
-
-
-def _with_request_id(send: Send, request_id: bytes) -> Send:
-    async def send_with_request_id(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
-        await send(message)
-
-    return send_with_request_id

@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from service.app import create_app
-from service.prediction import Predictions
+from service.asgi import Application
 from service.repository import Repository, load
 from service.runtime import place
 from service.settings import Settings
@@ -52,7 +52,7 @@ def talk(repository: Repository, scenario: Scenario, settings: Settings | None =
 
 
 @functools.lru_cache(maxsize=4)
-def _app(repository: Repository, settings: Settings) -> Predictions:
+def _app(repository: Repository, settings: Settings) -> Application:
     return create_app(repository, settings)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,31 @@ from tests.fakes import FakeRuntime
 
 def accepted(value: float, rows: int = 1) -> Accepted:
     return Accepted(tensors=(np.full((rows, 3), value, np.float32),), rows=rows)
+
+
+def submitted(
+    coalescer: Coalescer,
+    rows: Accepted,
+    *,
+    alone: bool = False,
+    expires_ns: int | None = None,
+    gone: Callable[[], bool] | None = None,
+) -> asyncio.Future[Computed]:
+    """What is told, as a future; cancelling it is leaving."""
+    answer: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
+
+    def tell(computed: Computed) -> None:
+        if answer.done():
+            return
+        if computed.error is None:
+            answer.set_result(computed)
+        else:
+            answer.set_exception(computed.error)
+
+    coalescer.submit(
+        rows, tell, alone=alone, expires_ns=expires_ns, gone=lambda: answer.done() or (gone is not None and gone())
+    )
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -62,7 +87,7 @@ def test_requests_of_one_moment_run_together(inline: bool) -> None:
 
     async def scenario() -> list[float]:
         coalescer = Coalescer(runtime, max_rows=64, inline_rows=64 if inline else 0)
-        answers = await asyncio.gather(*(coalescer.submit(accepted(i, rows=1 + i % 3)) for i in range(10)))
+        answers = await asyncio.gather(*(submitted(coalescer, accepted(i, rows=1 + i % 3)) for i in range(10)))
         assert [answer.outputs[0].shape[0] for answer in answers] == [1 + i % 3 for i in range(10)]
         return [float(answer.outputs[0][0, 0]) for answer in answers]
 
@@ -75,7 +100,7 @@ def test_a_lone_request_never_waits() -> None:
     runtime = FakeRuntime()
 
     async def scenario() -> None:
-        answer = Coalescer(runtime, max_rows=64, inline_rows=64).submit(accepted(1))
+        answer = submitted(Coalescer(runtime, max_rows=64, inline_rows=64), accepted(1))
         await asyncio.sleep(0)
         assert answer.done()
 
@@ -87,7 +112,7 @@ def test_a_model_that_mixing_would_change_never_mixes() -> None:
 
     async def scenario() -> None:
         coalescer = Coalescer(runtime, max_rows=1, inline_rows=64)
-        await asyncio.gather(*(coalescer.submit(accepted(i)) for i in range(5)))
+        await asyncio.gather(*(submitted(coalescer, accepted(i)) for i in range(5)))
 
     asyncio.run(scenario())
     assert runtime.batches == [1, 1, 1, 1, 1]
@@ -99,7 +124,9 @@ def test_one_request_that_fails_does_not_fail_its_neighbours() -> None:
 
     async def scenario() -> list[object]:
         coalescer = Coalescer(runtime, max_rows=64, inline_rows=64)
-        return list(await asyncio.gather(*(coalescer.submit(accepted(i)) for i in range(5)), return_exceptions=True))
+        return list(
+            await asyncio.gather(*(submitted(coalescer, accepted(i)) for i in range(5)), return_exceptions=True)
+        )
 
     results = asyncio.run(scenario())
     assert [isinstance(result, Exception) for result in results] == [False, False, False, True, False]
@@ -111,7 +138,7 @@ def test_whoever_has_gone_costs_nothing() -> None:
 
     async def scenario() -> None:
         coalescer = Coalescer(runtime, max_rows=64, inline_rows=64)
-        gone, stays = coalescer.submit(accepted(1, rows=5)), coalescer.submit(accepted(2))
+        gone, stays = submitted(coalescer, accepted(1, rows=5)), submitted(coalescer, accepted(2))
         gone.cancel()
         assert (await stays).outputs[0].shape == (1, 3)
 
@@ -125,10 +152,10 @@ def test_a_long_model_leaves_the_loop_free() -> None:
 
     async def scenario() -> float:
         coalescer = Coalescer(runtime, max_rows=64, inline_rows=0)
-        first = coalescer.submit(accepted(1))
+        first = submitted(coalescer, accepted(1))
         await asyncio.to_thread(runtime.started.wait)
         start = time.perf_counter()
-        later = [coalescer.submit(accepted(i)) for i in range(4)]
+        later = [submitted(coalescer, accepted(i)) for i in range(4)]
         await asyncio.sleep(0)
         turn_s = time.perf_counter() - start
         await asyncio.gather(first, *later)
@@ -146,11 +173,11 @@ def test_whoever_leaves_while_it_runs_does_not_harm_the_others() -> None:
 
     async def scenario() -> None:
         coalescer = Coalescer(runtime, max_rows=64, inline_rows=0)
-        gone, stays = coalescer.submit(accepted(1)), coalescer.submit(accepted(2))
+        gone, stays = submitted(coalescer, accepted(1)), submitted(coalescer, accepted(2))
         await asyncio.to_thread(runtime.started.wait)
         gone.cancel()
         assert float((await asyncio.wait_for(stays, timeout=5)).outputs[0][0, 0]) == 4.0
-        assert float((await asyncio.wait_for(coalescer.submit(accepted(3)), timeout=5)).outputs[0][0, 0]) == 6.0
+        assert float((await asyncio.wait_for(submitted(coalescer, accepted(3)), timeout=5)).outputs[0][0, 0]) == 6.0
 
     asyncio.run(scenario())
     assert runtime.batches == [2, 1]
@@ -162,7 +189,7 @@ def test_the_loop_turns_between_batches() -> None:
 
     async def scenario() -> int:
         coalescer = Coalescer(runtime, max_rows=1, inline_rows=64)
-        answers = [coalescer.submit(accepted(i)) for i in range(10)]
+        answers = [submitted(coalescer, accepted(i)) for i in range(10)]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         done_early = sum(answer.done() for answer in answers)
@@ -173,14 +200,14 @@ def test_the_loop_turns_between_batches() -> None:
 
 
 def test_a_request_that_is_alone_does_not_even_wait_for_the_turn() -> None:
-    """Its answer is there when `submit` returns; with company under way it is not."""
+    """Its answer is told before `submit` returns; with company under way it is not."""
     runtime = FakeRuntime()
 
     async def scenario() -> None:
         coalescer = Coalescer(runtime, max_rows=64, inline_rows=64)
-        assert coalescer.submit(accepted(1), alone=True).done()
-        first = coalescer.submit(accepted(2))
-        second = coalescer.submit(accepted(3), alone=True)  # the caller was mistaken, and overtakes nobody
+        assert submitted(coalescer, accepted(1), alone=True).done()
+        first = submitted(coalescer, accepted(2))
+        second = submitted(coalescer, accepted(3), alone=True)  # the caller was mistaken, and overtakes nobody
         assert not second.done()
         await asyncio.gather(first, second)
 
@@ -194,9 +221,9 @@ def test_a_batch_too_long_for_the_loop_gets_a_thread() -> None:
 
     async def scenario() -> None:
         coalescer = Coalescer(runtime, max_rows=64, inline_rows=2)
-        await coalescer.submit(accepted(1), alone=True)
+        await submitted(coalescer, accepted(1), alone=True)
         assert runtime.ran_on == {threading.get_ident()}
-        await coalescer.submit(accepted(1, rows=3), alone=True)
+        await submitted(coalescer, accepted(1, rows=3), alone=True)
         assert len(runtime.ran_on) == 2
 
     asyncio.run(scenario())
@@ -208,11 +235,11 @@ def test_a_request_whose_time_is_over_is_not_computed() -> None:
 
     async def scenario() -> None:
         coalescer = Coalescer(runtime, max_rows=64, inline_rows=0)
-        running = coalescer.submit(accepted(1))
+        running = submitted(coalescer, accepted(1))
         await asyncio.to_thread(runtime.started.wait)
         now_ns = time.perf_counter_ns()
-        late = coalescer.submit(accepted(2, rows=5), expires_ns=now_ns + 1_000_000)
-        in_time = coalescer.submit(accepted(3), expires_ns=now_ns + 60_000_000_000)
+        late = submitted(coalescer, accepted(2, rows=5), expires_ns=now_ns + 1_000_000)
+        in_time = submitted(coalescer, accepted(3), expires_ns=now_ns + 60_000_000_000)
         with pytest.raises(DeadlineExceeded):
             await late
         assert float((await in_time).outputs[0][0, 0]) == 6.0
@@ -227,10 +254,10 @@ def test_a_client_that_hung_up_costs_nothing() -> None:
 
     async def scenario() -> None:
         coalescer = Coalescer(runtime, max_rows=64, inline_rows=0)
-        running = coalescer.submit(accepted(1))
+        running = submitted(coalescer, accepted(1))
         await asyncio.to_thread(runtime.started.wait)
-        gone = coalescer.submit(accepted(2, rows=5), gone=lambda: True)
-        stays = coalescer.submit(accepted(3), gone=lambda: False)
+        gone = submitted(coalescer, accepted(2, rows=5), gone=lambda: True)
+        stays = submitted(coalescer, accepted(3), gone=lambda: False)
         with pytest.raises(ClientLeft):
             await gone
         await asyncio.gather(running, stays)
@@ -245,7 +272,7 @@ def test_where_the_time_went_is_told() -> None:
 
     async def scenario() -> list[Computed]:
         coalescer = Coalescer(runtime, max_rows=2, inline_rows=0, statistics=statistics)
-        return await asyncio.gather(*(coalescer.submit(accepted(i)) for i in range(4)))
+        return await asyncio.gather(*(submitted(coalescer, accepted(i)) for i in range(4)))
 
     answers = asyncio.run(scenario())
     assert all(answer.compute_ns >= 20e6 for answer in answers)
@@ -272,10 +299,29 @@ def test_nobody_gets_the_answer_of_another_where_a_graph_loses_rows() -> None:
 
     async def scenario() -> list[Any]:
         coalescer = Coalescer(LosesRows(), max_rows=64, inline_rows=64)
-        asked = [coalescer.submit(accepted(value)) for value in (1.0, -2.0, 3.0)]
+        asked = [submitted(coalescer, accepted(value)) for value in (1.0, -2.0, 3.0)]
         return list(await asyncio.gather(*asked, return_exceptions=True))
 
     first, lost, last = asyncio.run(scenario())
     assert [float(first.outputs[0][0, 0]), float(last.outputs[0][0, 0])] == [1.0, 3.0]
     assert isinstance(lost, RowsRejected)
     assert "an output of shape [0, 3] for 1 rows" in str(lost)
+
+
+def test_one_who_cannot_be_told_does_not_keep_the_others_from_hearing() -> None:
+    """The first answer's way back breaks; the second, and the next batch, are told all the same."""
+    told: list[int] = []
+
+    async def scenario() -> None:
+        coalescer = Coalescer(FakeRuntime(), max_rows=64, inline_rows=64)
+
+        def broken(_: Computed) -> None:
+            raise OSError("the wire is cut")
+
+        for _ in range(2):
+            coalescer.submit(accepted(1), broken)
+            coalescer.submit(accepted(2), lambda computed: told.append(len(computed.outputs)))
+            await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+    assert told == [1, 1]

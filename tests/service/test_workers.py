@@ -9,13 +9,19 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service import http_server
+from service.app import create_app
+from service.asgi import Application
 from service.errors import EvalmodeError, Internal, LoadRefused, NotReady, Refused, UnknownModel
 from service.http_server import SHARED_TAKES_AT_ONCE, Server
+from service.repository import Repository
+from service.runtime import place
+from service.settings import Settings
 from service.statistics import Document, Statistics
 from service.workers import conductor as conducting
 from service.workers.channel import Channel, Facts, Gone, restored
@@ -218,12 +224,9 @@ class Exhausted(socket.socket):
         return super().accept()
 
 
-async def answer_nothing(scope: Any, receive: Any, send: Any) -> None:
-    """The application: connections are enough here."""
-    if scope["type"] == "lifespan":
-        for step in ("startup", "shutdown"):
-            await receive()
-            await send({"type": f"lifespan.{step}.complete"})
+def empty() -> Application:
+    """Connections are enough here."""
+    return create_app(Repository((), path=Path(), placement=place("cpu"), settings=Settings()), Settings())
 
 
 @asynccontextmanager
@@ -231,7 +234,7 @@ async def sharing(*sockets: socket.socket) -> AsyncIterator[list[Server]]:
     servers, ends = [], []
     for listening in sockets:
         listens = asyncio.Event()
-        servers.append(Server(answer_nothing, listens.set, takes_at_once=SHARED_TAKES_AT_ONCE))
+        servers.append(Server(empty(), listens.set, takes_at_once=SHARED_TAKES_AT_ONCE))
         ends.append(asyncio.create_task(servers[-1].serve(sockets=[listening])))
         await listens.wait()
     yield servers
@@ -271,7 +274,7 @@ def test_who_comes_while_much_happens_does_not_wait_for_as_many_turns() -> None:
     async def scenario() -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
             listens = asyncio.Event()
-            server = Server(answer_nothing, listens.set)
+            server = Server(empty(), listens.set)
             serving = asyncio.create_task(server.serve(sockets=[listening]))
             await listens.wait()
             clients = [socket.create_connection(listening.getsockname()) for _ in range(100)]

@@ -1,0 +1,133 @@
+"""The application as any ASGI server calls it: predictions in front of FastAPI's middleware, everything else within it.
+
+A request with a compressed or a chunked body, of HTTP/1.0 or with anything else that is out of the ordinary comes this
+way; connection.py says which do not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any, final
+
+from service.errors import BadRequest, BodyTooLarge, MethodNotAllowed
+from service.prediction import (
+    REQUEST_ID,
+    THREAD_BYTES,
+    Headers,
+    Predictions,
+    Route,
+    Said,
+    check_content_type,
+    refusal,
+    request_id,
+    route_of,
+)
+from service.protocol.compression import decompressed
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+GONE = "evalmode.gone"
+"""An extension in the scope: says whether the client has left."""
+
+_UNKNOWN: dict[str, Callable[[], bool]] = {GONE: lambda: False}
+"""Of another server, which does not say."""
+
+
+@final
+class Application:
+    """Answers predictions; hands everything else to `rest`."""
+
+    def __init__(self, predictions: Predictions, *, body_limit_bytes: int, rest: Asgi) -> None:
+        self.predictions = predictions
+        self.body_limit_bytes = body_limit_bytes
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._rest(scope, receive, send)
+            return
+        headers = headers_by_name(scope["headers"])
+        if b"%2" in (raw_path := scope.get("raw_path") or b""):
+            scope = {**scope, "path": _with_slashes_as_sent(scope["path"], raw_path)}
+        route = route_of(scope["path"])
+        if route is None:
+            await self._rest(scope, receive, _with_request_id(send, request_id(headers)))
+            return
+        status, said, content = await self._answer(scope, headers, route, receive)
+        await send({"type": "http.response.start", "status": status, "headers": said})
+        await send({"type": "http.response.body", "body": content})
+
+    async def _answer(self, scope: Scope, headers: Headers, route: Route, receive: Receive) -> tuple[int, Said, bytes]:
+        try:
+            if scope["method"] != "POST":
+                raise MethodNotAllowed(f"{scope['path']} takes POST, not {scope['method']}")
+            check_content_type(headers, binary=route.binary)
+            body = await self._body(receive, headers)
+        except Exception as error:
+            return refusal(error, request_id(headers))
+        answered: asyncio.Future[tuple[int, Said, bytes]] = asyncio.get_running_loop().create_future()
+
+        def reply(status: int, said: Said, content: bytes) -> None:
+            if not answered.done():  # the server gave up on this request
+                answered.set_result((status, said, content))
+
+        left = scope.get("extensions", {}).get(GONE, _UNKNOWN)[GONE]
+        self.predictions.answer(route, headers, body, reply, gone=lambda: answered.done() or left())
+        return await answered
+
+    async def _body(self, receive: Receive, headers: Headers) -> bytes:
+        """What the client sent, uncompressed.
+
+        Raises:
+            RequestError: it is too large, or not what its headers say.
+        """
+        limit_bytes = self.body_limit_bytes
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > limit_bytes:
+            raise BodyTooLarge(limit_bytes=limit_bytes)
+        chunks: list[bytes] = []
+        size = 0
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise BadRequest("the client left before its request was complete")
+            chunk = message.get("body", b"")
+            more = message.get("more_body", False)
+            size += len(chunk)
+            if size > limit_bytes:
+                raise BodyTooLarge(limit_bytes=limit_bytes)
+            chunks.append(chunk)
+        body = b"".join(chunks)
+        if b"content-encoding" not in headers:
+            return body
+        if size < THREAD_BYTES // 32:  # it may become a thousand times as large
+            return decompressed(body, headers[b"content-encoding"], limit_bytes=limit_bytes)
+        return await asyncio.to_thread(decompressed, body, headers[b"content-encoding"], limit_bytes=limit_bytes)
+
+
+def headers_by_name(pairs: Sequence[tuple[bytes, bytes]]) -> Headers:
+    """One that was sent twice is joined by commas (RFC 9110, section 5.2), and then means what that means."""
+    headers = dict(pairs)
+    if len(headers) < len(pairs):
+        headers = {name: b", ".join([value for other, value in pairs if other == name]) for name in headers}
+    return headers
+
+
+def _with_slashes_as_sent(path: str, raw_path: bytes) -> str:
+    """The path; as it was sent if a slash in it was encoded, so that what was one segment does not become two."""
+    return raw_path.decode("latin-1") if b"%2f" in raw_path.lower() else path
+
+
+def _with_request_id(send: Send, request_id: bytes) -> Send:
+    async def send_with_request_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
+        await send(message)
+
+    return send_with_request_id
