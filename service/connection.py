@@ -18,13 +18,15 @@ import asyncio
 import math
 from typing import Any, ClassVar, cast, final
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from service.asgi import GONE, Application, headers_by_name
 from service.errors import BadRequest, RequestError, RequestTooSlow
-from service.prediction import Headers, Route, Said, route_of
+from service.large_body import LARGE_BODY_BYTES, LargeBody, place_for
+from service.prediction import Headers, Route, Said, declared_json_bytes, route_of
 from service.protocol.json import error_body
 
 _ELSEWHERE = frozenset({b"content-encoding", b"transfer-encoding", b"expect", b"upgrade"})
@@ -47,18 +49,43 @@ RATE_BYTES_S = 16 * 1024
 class Exchange:
     """A prediction's request, and then whether it is answered; in the place of uvicorn's `RequestResponseCycle`."""
 
-    __slots__ = ("body", "disconnected", "headers", "keep_alive", "response_complete", "route")
+    __slots__ = ("chunks", "disconnected", "headers", "keep_alive", "left_bytes", "place", "response_complete", "route")
 
     message_event: ClassVar[asyncio.Event] = asyncio.Event()
     """uvicorn sets it when a client leaves; nobody waits for it."""
 
-    def __init__(self, route: Route, headers: Headers, *, keep_alive: bool) -> None:
+    def __init__(self, route: Route, headers: Headers, body_bytes: int, *, keep_alive: bool) -> None:
         self.route = route
         self.headers = headers
-        self.body: list[bytes] = []
+        self.left_bytes = body_bytes
+        """Of the body, not yet read."""
+        self.chunks: list[bytes] = []
+        """The body, as it came."""
+        self.place = place_for(body_bytes, declared_json_bytes(headers)) if body_bytes >= LARGE_BODY_BYTES else None
+        """A large body."""
         self.keep_alive = keep_alive
         self.disconnected = False
         self.response_complete = False
+
+    def take(self, chunk: bytes) -> None:
+        """More of the body."""
+        if self.place is None:
+            self.chunks.append(chunk)
+        else:
+            room = self.room()
+            room[: len(chunk)] = chunk
+        self.left_bytes -= len(chunk)
+
+    def room(self) -> memoryview:
+        """What is left to be filled of a large body."""
+        assert self.place is not None
+        return memoryview(self.place)[len(self.place) - self.left_bytes :]
+
+    @property
+    def body(self) -> bytes | bytearray | memoryview:
+        if self.place is not None:
+            return self.place
+        return self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
 
 
 @final
@@ -74,6 +101,29 @@ class Connection(HttpToolsProtocol):
         """A request has begun and is not here yet."""
         self._deadline_s = self.loop.time() + BEGIN_S
         """The client has so long, on the clock of the event loop: for its next request, or for the rest of one."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        exchange = self._exchange
+        if exchange is not None and exchange.place is not None and self._reading and not self.transport.is_closing():
+            self._hand_over(LargeBody(self, exchange.room(), self._take_read))
+
+    def _take_read(self, read_bytes: int) -> None:
+        """So much more of a large body is in its place."""
+        exchange = self._exchange
+        assert exchange is not None
+        self._deadline_s += read_bytes / RATE_BYTES_S
+        exchange.left_bytes -= read_bytes
+        if not exchange.left_bytes:
+            self.parser = httptools.HttpRequestParser(self)  # the one before waits for a body that it will not see
+            self._hand_over(self)
+            self.on_message_complete()
+
+    def _hand_over(self, protocol: asyncio.BaseProtocol) -> None:
+        """What comes from now on is this protocol's."""
+        self.transport.pause_reading()
+        self.transport.set_protocol(protocol)
+        self.transport.resume_reading()
 
     def on_message_begin(self) -> None:
         """Without the scope, which most requests do not need."""
@@ -99,7 +149,7 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._deadline_s += len(body) / RATE_BYTES_S
         if self._exchange is not None:
-            self._exchange.body.append(body)
+            self._exchange.take(body)
         else:
             super().on_body(body)
 
@@ -111,7 +161,6 @@ class Connection(HttpToolsProtocol):
         if exchange is None:
             super().on_message_complete()
             return
-        body = exchange.body
 
         def reply(status: int, said: Said, content: bytes) -> None:
             self._reply(exchange, status, said, content)
@@ -119,7 +168,7 @@ class Connection(HttpToolsProtocol):
         self._application.predictions.answer(
             exchange.route,
             exchange.headers,
-            body[0] if len(body) == 1 else b"".join(body),
+            exchange.body,
             reply,
             alone=len(self.connections) == 1,
             gone=self.transport.is_closing,
@@ -167,7 +216,7 @@ class Connection(HttpToolsProtocol):
             or not _ELSEWHERE.isdisjoint(headers)
         ):
             return None
-        return Exchange(route, headers, keep_alive=self.parser.should_keep_alive())
+        return Exchange(route, headers, int(declared), keep_alive=self.parser.should_keep_alive())
 
     def _answered(self) -> bool:
         """The request before this one, if there was one."""

@@ -29,7 +29,7 @@ from service.errors import (
     UnsupportedMediaType,
     clipped,
 )
-from service.protocol import JSON, OCTET_STREAM, Parse, Request, predict, v2
+from service.protocol import JSON, OCTET_STREAM, Body, Parse, Request, predict, v2
 from service.protocol.compression import WORTH_BYTES, Encoding, accepted, compressed
 from service.protocol.json import error_body
 from service.repository import Live, Repository
@@ -94,7 +94,7 @@ class Predictions:
         self,
         route: Route,
         headers: Headers,
-        body: bytes,
+        body: Body,
         reply: Reply,
         *,
         alone: bool = False,
@@ -212,21 +212,28 @@ def check_content_type(headers: Headers, *, binary: bool) -> None:
         raise UnsupportedMediaType(content_type.decode("latin-1"))
 
 
+def declared_json_bytes(headers: Headers) -> int | None:
+    """The value of Inference-Header-Content-Length; None without it, or if it is no number."""
+    declared = headers.get(JSON_LENGTH, b"")
+    return int(declared) if declared.isdigit() and len(declared) <= 10 else None
+
+
 def _json_bytes(headers: Headers, size: int) -> int | None:
-    """The value of Inference-Header-Content-Length; None without it.
+    """The same, checked.
 
     Raises:
         MalformedBinary: it is not a number of bytes that the body has.
     """
-    declared = headers.get(JSON_LENGTH)
-    if declared is None:
+    if JSON_LENGTH not in headers:
         return None
-    if not declared.isdigit() or len(declared) > 10 or int(declared) > size:
+    json_bytes = declared_json_bytes(headers)
+    if json_bytes is None or json_bytes > size:
+        said = clipped(headers[JSON_LENGTH].decode("latin-1"), 40)
         raise MalformedBinary(
-            f"the header Inference-Header-Content-Length is '{clipped(declared.decode('latin-1'), 40)}', but the body "
-            f"has {size} bytes (uncompressed); it takes the length of the JSON alone, or 0 for a raw binary request"
+            f"the header Inference-Header-Content-Length is '{said}', but the body has {size} bytes (uncompressed); it "
+            "takes the length of the JSON alone, or 0 for a raw binary request"
         )
-    return int(declared)
+    return json_bytes
 
 
 _ID_PREFIX = secrets.token_hex(6).encode()

@@ -14,6 +14,9 @@ JSON = b"application/json"
 OCTET_STREAM = b"application/octet-stream"
 
 
+Body = bytes | bytearray | memoryview
+"""What came; a view only where binary tensors follow the JSON."""
+
 Answer = tuple[bytes, int | None]
 """The body of an answer, and how many of its bytes are JSON, where binary tensors follow; None: all."""
 
@@ -37,7 +40,7 @@ class Request(Protocol):
         ...
 
 
-Parse = Callable[[Live, bytes, int | None], Request]
+Parse = Callable[[Live, Body, int | None], Request]
 """What came for a model, uncompressed, and how many of its bytes are JSON, where binary tensors follow; None: all.
 
 Raises:

@@ -19,7 +19,7 @@ import orjson
 from numpy.typing import NDArray
 
 from service.errors import BadRequest, NotFinite
-from service.protocol import Answer
+from service.protocol import Answer, Body
 from service.protocol.json import NULL_FOR_MISSING, check_keys, parsed
 from service.repository import Live
 from service.signature import Accepted, ClassTarget
@@ -66,7 +66,7 @@ class PredictRequest(NamedTuple):
         return orjson.dumps(self.answer(outputs)), None
 
 
-def parse(live: Live, body: bytes, json_bytes: int | None = None) -> PredictRequest:
+def parse(live: Live, body: Body, json_bytes: int | None = None) -> PredictRequest:
     """
     Args:
         json_bytes: None; nothing but JSON comes this way.
@@ -78,6 +78,7 @@ def parse(live: Live, body: bytes, json_bytes: int | None = None) -> PredictRequ
         raise BadRequest(
             f"model '{live.name}' takes tensors, not named features; call POST /v2/models/{live.name}/infer"
         )
-    sample = parsed(body, for_nan=NULL_FOR_MISSING)
-    check_keys(body, sample)
+    text = bytes(body)
+    sample = parsed(text, for_nan=NULL_FOR_MISSING)
+    check_keys(text, sample)
     return PredictRequest(live, live.reader.accept(sample))

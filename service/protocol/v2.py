@@ -32,7 +32,7 @@ from service.errors import (
     UnknownTensor,
     WrongType,
 )
-from service.protocol import Answer
+from service.protocol import Answer, Body
 from service.protocol.elements import (
     check_count,
     from_bytes,
@@ -115,7 +115,7 @@ def _in_binary(spec: TensorSpec, array: NDArray[Any], size: int) -> dict[str, ob
     return {"name": spec.name, "shape": array.shape, "datatype": spec.datatype, "parameters": parameters}
 
 
-def parse(live: Live, body: bytes, json_bytes: int | None = None) -> InferRequest:
+def parse(live: Live, body: Body, json_bytes: int | None = None) -> InferRequest:
     """
     Args:
         json_bytes: how many bytes of the body are JSON; None: all. 0: none, it is a raw binary request.
@@ -125,7 +125,7 @@ def parse(live: Live, body: bytes, json_bytes: int | None = None) -> InferReques
     """
     if json_bytes == 0:
         return _raw_request(live, body)
-    text = body if json_bytes is None else body[:json_bytes]
+    text = bytes(body[:json_bytes]) if json_bytes is not None or isinstance(body, memoryview) else body
     blobs = _NO_BLOBS if json_bytes is None else memoryview(body)[json_bytes:]
     if len(text) >= LARGE_BYTES:
         kinds = {spec.name: spec.dtype.kind for spec in live.admitted.signature.inputs if spec.datatype != "FP16"}
@@ -138,7 +138,7 @@ def parse(live: Live, body: bytes, json_bytes: int | None = None) -> InferReques
     return _careful(live, request, _Blobs(blobs))
 
 
-def _plain(live: Live, text: bytes, request: Any) -> InferRequest | None:
+def _plain(live: Live, text: bytes | bytearray, request: Any) -> InferRequest | None:
     """What most callers send, read in one go: every input once, in order, as flat floats that fit, and nothing else.
 
     Returns:
@@ -334,7 +334,7 @@ def _timeout_s(parameters: Mapping[str, Any]) -> float | None:
     return timeout_us / 1e6 or None
 
 
-def _raw_request(live: Live, content: bytes) -> InferRequest:
+def _raw_request(live: Live, content: Body) -> InferRequest:
     """A body that is nothing but the elements of the only input: one row, and every output in binary."""
     signature = live.admitted.signature
     if len(signature.inputs) != 1:
@@ -346,7 +346,7 @@ def _raw_request(live: Live, content: bytes) -> InferRequest:
     (spec,) = signature.inputs
     shape = _raw_shape(spec, len(content))
     if spec.dtype.kind == "O":
-        array = np.array([text_of(spec, content)], dtype=np.object_).reshape(shape)
+        array = np.array([text_of(spec, bytes(content))], dtype=np.object_).reshape(shape)
     else:
         array = from_bytes(spec, memoryview(content), shape)
     return InferRequest(

@@ -1,0 +1,63 @@
+"""A large body is read straight into the memory that the model will read it from.
+
+uvicorn's way copies each packet three times before it is whole, which for an image takes as long as its small network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import final
+
+LARGE_BODY_BYTES = 64 * 1024
+"""From here on it pays to read in a way of its own."""
+
+_ALIGNMENT = 16
+"""Of what a memory allocator hands out, and enough for every datatype."""
+
+
+def place_for(size: int, json_bytes: int | None) -> bytearray | memoryview:
+    """Room for a body, such that what follows its JSON begins where a processor likes numbers to begin.
+
+    Args:
+        size: of the body.
+        json_bytes: how many of them are JSON; None: all.
+    """
+    if json_bytes is None:
+        return bytearray(size)
+    shift = -json_bytes % _ALIGNMENT
+    return memoryview(bytearray(shift + size))[shift:]
+
+
+@final
+class LargeBody(asyncio.BufferedProtocol):
+    """Reads for a connection until a body is whole; all else that happens meanwhile is the connection's own."""
+
+    def __init__(self, connection: asyncio.Protocol, room: memoryview, read: Callable[[int], None]) -> None:
+        """
+        Args:
+            room: what is left to be filled, not empty.
+            read: is told how many bytes came.
+        """
+        self._connection = connection
+        self._room = room
+        self._read = read
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._room
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._room = self._room[nbytes:]
+        self._read(nbytes)
+
+    def eof_received(self) -> bool | None:
+        return self._connection.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connection.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._connection.resume_writing()
