@@ -27,6 +27,7 @@ from service.asgi import GONE, Application, headers_by_name
 from service.errors import BadRequest, RequestError, RequestTooSlow
 from service.large_body import LARGE_BODY_BYTES, LargeBody, place_for
 from service.prediction import Headers, Route, Said, declared_json_bytes, route_of
+from service.protocol import Body
 from service.protocol.json import error_body
 
 _ELSEWHERE = frozenset({b"content-encoding", b"transfer-encoding", b"expect", b"upgrade"})
@@ -61,8 +62,10 @@ class Exchange:
         """Of the body, not yet read."""
         self.chunks: list[bytes] = []
         """The body, as it came."""
-        self.place = place_for(body_bytes, declared_json_bytes(headers)) if body_bytes >= LARGE_BODY_BYTES else None
-        """A large body."""
+        self.place: memoryview | None = None
+        """The body in its place, if it is large and binary."""
+        if body_bytes >= LARGE_BODY_BYTES and (json_bytes := declared_json_bytes(headers)) is not None:
+            self.place = place_for(body_bytes, json_bytes)
         self.keep_alive = keep_alive
         self.disconnected = False
         self.response_complete = False
@@ -77,12 +80,12 @@ class Exchange:
         self.left_bytes -= len(chunk)
 
     def room(self) -> memoryview:
-        """What is left to be filled of a large body."""
+        """What is left to be filled of its place."""
         assert self.place is not None
-        return memoryview(self.place)[len(self.place) - self.left_bytes :]
+        return self.place[len(self.place) - self.left_bytes :]
 
     @property
-    def body(self) -> bytes | bytearray | memoryview:
+    def body(self) -> Body:
         if self.place is not None:
             return self.place
         return self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)

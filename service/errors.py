@@ -32,6 +32,7 @@ The sentence names what, got, wanted, and what to do. A test compares this drawi
         │   ├── UnknownModel         404 unknown_model
         │   └── UnknownVersion       404 unknown_version
         ├── MethodNotAllowed         405 method_not_allowed
+        ├── RequestTooSlow           408 request_too_slow
         ├── BodyTooLarge             413 body_too_large
         ├── UnsupportedMediaType     415 unsupported_media_type
         ├── UnsupportedEncoding      415 unsupported_encoding
@@ -300,7 +301,7 @@ class MethodNotAllowed(RequestError):
 
 
 class RequestTooSlow(RequestError):
-    """A request began and did not arrive in time."""
+    """The request began and did not arrive in time; the connection is closed."""
 
     status = 408
     code = "request_too_slow"

@@ -14,7 +14,7 @@ JSON = b"application/json"
 OCTET_STREAM = b"application/octet-stream"
 
 
-Body = bytes | bytearray | memoryview
+Body = bytes | memoryview
 """What came; a view only where binary tensors follow the JSON."""
 
 Answer = tuple[bytes, int | None]

@@ -17,7 +17,7 @@ NULL_FOR_MISSING = "null stands for a missing value, in a feature that takes one
 BINARY_FOR_NAN = "send the tensor in its binary form, with 'binary_data_size' in its parameters"
 
 
-def parsed(body: bytes | bytearray, *, for_nan: str = "") -> Any:
+def parsed(body: bytes, *, for_nan: str = "") -> Any:
     """
     Args:
         for_nan: what a caller should do who wants to send NaN or Infinity, where that can be meant.
@@ -36,7 +36,7 @@ def parsed(body: bytes | bytearray, *, for_nan: str = "") -> Any:
         raise MalformedJson(reason) from error
 
 
-def check_keys(body: bytes | bytearray, value: object) -> None:
+def check_keys(body: bytes, value: object) -> None:
     """No object has a key twice; parsers differ in what that means.
 
     A parser keeps one value of a key and forgets the other, so this counts: every colon of the text belongs to a key or
@@ -60,7 +60,7 @@ def check_keys(body: bytes | bytearray, value: object) -> None:
         raise MalformedJson(str(error)) from error
 
 
-def count(text: bytes | bytearray, character: bytes) -> int:
+def count(text: bytes, character: bytes) -> int:
     """How often a character is in a text: `bytes.count`, four times as fast for a large one."""
     if len(text) < _LARGE_BYTES:
         return text.count(character)

@@ -32,7 +32,7 @@ _BUFFERS: dict[str, tuple[Literal["d", "i", "u"], Any]] = {
 }
 
 
-def parsed_large(body: bytes | bytearray, kinds: Mapping[str, str]) -> dict[str, Any] | None:
+def parsed_large(body: bytes, kinds: Mapping[str, str]) -> dict[str, Any] | None:
     """The request with the `data` of each numeric input as a flat array of float64, int64 or uint64.
 
     Args:

@@ -138,7 +138,7 @@ def parse(live: Live, body: Body, json_bytes: int | None = None) -> InferRequest
     return _careful(live, request, _Blobs(blobs))
 
 
-def _plain(live: Live, text: bytes | bytearray, request: Any) -> InferRequest | None:
+def _plain(live: Live, text: bytes, request: Any) -> InferRequest | None:
     """What most callers send, read in one go: every input once, in order, as flat floats that fit, and nothing else.
 
     Returns:
