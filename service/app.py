@@ -42,7 +42,8 @@ def create_app(repository: Repository, settings: Settings, crew: Crew | None = N
         crew: the processes that serve them; by default this one alone.
     """
     rest = _fastapi(repository, crew or Alone(repository), settings)
-    return Application(Predictions(repository), body_limit_bytes=settings.body_limit_bytes, rest=rest)
+    predictions = Predictions(repository, timeout_s=settings.timeout_s or None)
+    return Application(predictions, body_limit_bytes=settings.body_limit_bytes, rest=rest)
 
 
 def _fastapi(repository: Repository, crew: Crew, settings: Settings) -> FastAPI:

@@ -2,18 +2,21 @@
 
 `plan` decides, `Coalescer` acts.
 
-Rule 1: there is no timer. A request that is alone runs at once; what was submitted in one turn of the event loop runs
-        together; while a batch runs in a thread, those that arrive form the next.
+Rule 1: there is no timer. A request that is alone runs at once, and so does a full batch; what was submitted in one
+        turn of the event loop runs together; while a batch runs in a thread, those that arrive form the next.
 Rule 2: a request enters only as `Accepted`, so one caller's mistake cannot fail another's.
 Rule 3: order is arrival; a request is never split and never overtaken.
 Rule 4: every request submitted gets an answer or an exception; one that fails does not fail those beside it.
 Rule 5: whoever has gone, or has no time left, is dropped before anything is computed.
+Rule 6: the queue has an end. Who would wait behind too many rows, too many bytes or beyond its deadline is refused at
+        once, and told when to come again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter_ns
@@ -22,12 +25,15 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import ClientLeft, DeadlineExceeded, RowsRejected
+from service.errors import ClientLeft, DeadlineExceeded, QueueFull, RowsRejected
 from service.runtime import Runtime
 from service.signature import Accepted
 from service.statistics import Statistics
 
 Outputs = list[NDArray[Any]]
+
+_RECENT = 0.1
+"""The weight of the last batch in an average."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +58,11 @@ class Computed:
         self.queue_ns = 0
         self.compute_ns = 0
         """Of the whole batch that it ran in."""
+
+    @property
+    def bytes(self) -> int:
+        """Of its tensors."""
+        return sum([tensor.nbytes for tensor in self.accepted.tensors])
 
 
 Tell = Callable[[Computed], None]
@@ -82,21 +93,38 @@ class Coalescer:
     """Runs the requests for one model, in batches as they come. Belongs to one event loop."""
 
     def __init__(
-        self, runtime: Runtime, *, max_rows: int, inline_rows: int, statistics: Statistics | None = None
+        self,
+        runtime: Runtime,
+        *,
+        max_rows: int,
+        inline_rows: int,
+        max_waiting_rows: int = sys.maxsize,
+        max_waiting_bytes: int = sys.maxsize,
+        statistics: Statistics | None = None,
     ) -> None:
         """
         Args:
             max_rows: 1 for a model whose answers other rows in the batch would change, be it by rounding.
             inline_rows: a batch of so many rows is short enough to run on the event loop; a larger one gets a thread.
+            max_waiting_rows, max_waiting_bytes: of all requests that wait; one that finds nobody waiting may be larger.
             statistics: what is run is counted there.
         """
         self._runtime = runtime
         self._max_rows = max_rows
         self._inline_rows = inline_rows
+        self._full_runs_inline = 1 < max_rows <= inline_rows
+        self._max_waiting_rows = max_waiting_rows
+        self._max_waiting_bytes = max_waiting_bytes
         self._statistics = Statistics() if statistics is None else statistics
         self._waiting: deque[Computed] = deque()
+        self._waiting_rows = 0
+        self._waiting_bytes = 0
+        self._in_thread: Sequence[Computed] = ()
+        """The batch that runs there."""
         self._busy = False
         """A batch is running, or will in the next turn of the loop."""
+        self._row_ns = 0.0
+        """What a row takes in a batch, on average over the last ones."""
 
     def submit(
         self,
@@ -115,38 +143,84 @@ class Coalescer:
             alone: nobody else can be asking, so nothing is gained by waiting for the turn of the loop to end.
             expires_ns: on the clock of `perf_counter_ns`; after it nobody wants the answer.
             gone: says that the client has left.
+
+        Raises:
+            QueueFull: it would wait too long, or take too much of the memory that waiting may take.
         """
         request = Computed(accepted, tell, expires_ns, gone)
         if alone and not self._busy and accepted.rows <= self._inline_rows:
-            if expires_ns is None or _wanted(request, request.since_ns):
-                batch = [request]
-                self._compute(batch)
-                _answer(batch)
+            if _wanted(request, request.since_ns):
+                self._run_inline([request])
             return
-        self._waiting.append(request)
+        self._enter(request)
         if not self._busy:
             self._busy = True
             asyncio.get_running_loop().call_soon(self._run_next)
+        elif self._full_runs_inline and self._waiting_rows >= self._max_rows and not self._in_thread:
+            self._run_inline(self._take())
+
+    def drop_late(self) -> None:
+        """Tell those whose time is over, also if the engine is stuck and no batch will ever be taken again."""
+        now_ns = perf_counter_ns()
+        if any(request.expires_ns is not None and now_ns >= request.expires_ns for request in self._waiting):
+            waiting, self._waiting = self._waiting, deque()
+            for request in waiting:
+                if _wanted(request, now_ns):
+                    self._waiting.append(request)
+                else:
+                    self._leave(request)
+        for request in self._in_thread:
+            _wanted(request, now_ns)
+
+    def _enter(self, request: Computed) -> None:
+        rows, size = request.accepted.rows, request.bytes
+        if self._waiting:
+            wait_ns = self._waiting_rows * self._row_ns
+            if (
+                self._waiting_rows + rows > self._max_waiting_rows
+                or self._waiting_bytes + size > self._max_waiting_bytes
+                or (request.expires_ns is not None and request.since_ns + wait_ns > request.expires_ns)
+            ):
+                raise QueueFull(rows=self._waiting_rows, wait_s=wait_ns / 1e9)
+        self._waiting.append(request)
+        self._waiting_rows += rows
+        self._waiting_bytes += size
+
+    def _leave(self, request: Computed) -> None:
+        self._waiting_rows -= request.accepted.rows
+        self._waiting_bytes -= request.bytes
 
     def _run_next(self) -> None:
         batch = self._take()
         if not batch:
             self._busy = False
         elif sum([request.accepted.rows for request in batch]) <= self._inline_rows:
-            self._compute(batch)
-            self._finish(batch)
+            self._run_inline(batch)
+            self._go_on()
         else:
-            try:
-                run = asyncio.get_running_loop().run_in_executor(None, self._compute, batch)
-            except RuntimeError as error:  # the system gives no more threads
-                for request in batch:
-                    request.error = error
-                self._finish(batch)
-            else:
-                run.add_done_callback(lambda _: self._finish(batch))
+            self._run_in_thread(batch)
 
-    def _finish(self, batch: Sequence[Computed]) -> None:
+    def _run_inline(self, batch: Sequence[Computed]) -> None:
+        self._compute(batch)
         _answer(batch)
+
+    def _run_in_thread(self, batch: Sequence[Computed]) -> None:
+        def finish(_: object) -> None:
+            self._in_thread = ()
+            _answer(batch)
+            self._go_on()
+
+        try:
+            run = asyncio.get_running_loop().run_in_executor(None, self._compute, batch)
+        except RuntimeError as error:  # the system gives no more threads
+            for request in batch:
+                request.error = error
+            finish(None)
+        else:
+            self._in_thread = batch
+            run.add_done_callback(finish)
+
+    def _go_on(self) -> None:
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._run_next)
         else:
@@ -157,6 +231,8 @@ class Coalescer:
         while self._waiting:
             count = plan((request.accepted.rows for request in self._waiting), self._max_rows)
             taken = [self._waiting.popleft() for _ in range(count)]
+            for request in taken:
+                self._leave(request)
             if batch := [request for request in taken if _wanted(request, now_ns)]:
                 return batch
         return []
@@ -178,6 +254,7 @@ class Coalescer:
                     self._compute([request])
             return
         ended_ns = perf_counter_ns()
+        self._row_ns += ((ended_ns - started_ns) / rows - self._row_ns) * _RECENT
         for request in batch:
             request.queue_ns = started_ns - request.since_ns
             request.compute_ns = ended_ns - started_ns
@@ -192,10 +269,15 @@ class Coalescer:
 
 def _answer(batch: Sequence[Computed]) -> None:
     for request in batch:
+        tell, request.tell = request.tell, _nobody  # who was told that its time is over hears no more
         try:
-            request.tell(request)
-        except Exception:  # whoever is told last hears it too
+            tell(request)
+        except Exception:  # the others are told all the same
             _log.exception("an answer could not be given")
+
+
+def _nobody(_: Computed) -> None:
+    pass
 
 
 def _wanted(request: Computed, now_ns: int) -> bool:

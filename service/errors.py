@@ -36,6 +36,7 @@ The sentence names what, got, wanted, and what to do. A test compares this drawi
         ├── BodyTooLarge             413 body_too_large
         ├── UnsupportedMediaType     415 unsupported_media_type
         ├── UnsupportedEncoding      415 unsupported_encoding
+        ├── QueueFull                429 queue_full
         ├── ClientLeft               499 client_left
         ├── NotReady                 503 not_ready
         ├── DeadlineExceeded         504 deadline_exceeded
@@ -44,6 +45,7 @@ The sentence names what, got, wanted, and what to do. A test compares this drawi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
@@ -340,6 +342,17 @@ class UnsupportedEncoding(RequestError):
 
     def __init__(self, got: str) -> None:
         super().__init__(f"the content encoding is '{clipped(got)}'; this route takes gzip, deflate or none")
+
+
+class QueueFull(RequestError):
+    """More waits than can be answered in time; nothing was computed, and Retry-After says when to come again."""
+
+    status = 429
+    code = "queue_full"
+
+    def __init__(self, *, rows: int, wait_s: float) -> None:
+        self.retry_after_s = max(1, math.ceil(wait_s))
+        super().__init__(f"{rows} rows are waiting already; try again in {self.retry_after_s} s")
 
 
 class ClientLeft(RequestError):

@@ -84,6 +84,7 @@ class Server(uvicorn.Server):
         while not await self.on_tick(0):
             for connection in cast("list[Connection]", [*self.server_state.connections]):
                 connection.close_if_late()
+            self._app.predictions.drop_late()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), TICK_S)
 

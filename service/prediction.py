@@ -24,6 +24,7 @@ from service.errors import (
     Internal,
     MalformedBinary,
     MethodNotAllowed,
+    QueueFull,
     RequestError,
     UnsupportedEncoding,
     UnsupportedMediaType,
@@ -87,8 +88,18 @@ def _short_route(path: str) -> Route | None:
 class Predictions:
     """Answers predictions with the models of a repository."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, *, timeout_s: float | None) -> None:
+        """
+        Args:
+            timeout_s: how long a caller waits who does not say; None: as long as it takes.
+        """
         self._repository = repository
+        self._timeout_s = timeout_s
+
+    def drop_late(self) -> None:
+        """Answer those whose time is over; to be called now and then."""
+        for live in self._repository.models:
+            live.coalescer.drop_late()
 
     def answer(
         self,
@@ -114,11 +125,12 @@ class Predictions:
             prediction.live = live
             request = route.parse(live, body, _json_bytes(headers, len(body)) if route.binary else None)
             prediction.request = request
+            timeout_s = self._timeout_s if request.timeout_s is None else request.timeout_s
             live.coalescer.submit(
                 request.accepted,
                 prediction.answer,
                 alone=alone,
-                expires_ns=None if request.timeout_s is None else prediction.since_ns + int(request.timeout_s * 1e9),
+                expires_ns=None if timeout_s is None else prediction.since_ns + int(timeout_s * 1e9),
                 gone=gone,
             )
         except Exception as error:
@@ -193,6 +205,8 @@ def refusal(error: BaseException, request_id: bytes) -> tuple[int, Said, bytes]:
     said = [_JSON_TYPE, (b"content-length", b"%d" % len(content)), (REQUEST_ID, request_id)]
     if isinstance(error, MethodNotAllowed):
         said.append((b"allow", b"POST"))
+    if isinstance(error, QueueFull):
+        said.append((b"retry-after", b"%d" % error.retry_after_s))
     if isinstance(error, UnsupportedEncoding):
         said.append((b"accept-encoding", b"gzip, deflate"))
     return error.status, said, content

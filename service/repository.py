@@ -268,6 +268,8 @@ def _load(found: Found, placement: Placement, settings: Settings) -> Entry:
             admitted.runtime,
             max_rows=batching.max_rows,
             inline_rows=batching.inline_rows,
+            max_waiting_rows=settings.max_queue_rows,
+            max_waiting_bytes=settings.max_queue_bytes,
             statistics=statistics,
         ),
         statistics=statistics,

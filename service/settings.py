@@ -36,6 +36,9 @@ class Settings(BaseSettings):
         default="exact",
         description="'exact': rows share a batch where that changes no bit; 'bounded': or only rounds.",
     )
+    max_queue_rows: int = Field(default=4096, ge=1, description="The most rows of a model that wait; more get 429.")
+    max_queue_bytes: int = Field(default=256 * 2**20, ge=1, description="The most bytes of them; more get 429.")
+    timeout_s: float = Field(default=30.0, ge=0, description="How long a caller waits who does not say; 0 is no limit.")
     body_limit_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body that is read.")
     log_level: LogLevel = Field(default="info", description="The least that is logged.")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service.coalescing import Coalescer, Computed, plan
-from service.errors import ClientLeft, DeadlineExceeded, RowsRejected
+from service.errors import ClientLeft, DeadlineExceeded, QueueFull, RowsRejected
 from service.signature import Accepted
 from service.statistics import Statistics
 from tests.fakes import FakeRuntime
@@ -325,3 +325,128 @@ def test_one_who_cannot_be_told_does_not_keep_the_others_from_hearing() -> None:
 
     asyncio.run(scenario())
     assert told == [1, 1]
+
+
+def test_a_full_batch_does_not_wait_for_the_turn() -> None:
+    """Of ten that come in one turn, eight are answered before it ends, in two full batches."""
+    runtime = FakeRuntime()
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=4, inline_rows=4)
+        answers = [submitted(coalescer, accepted(i)) for i in range(10)]
+        assert [answer.done() for answer in answers] == [True] * 8 + [False] * 2
+        assert [float(answer.outputs[0][0, 0]) for answer in await asyncio.gather(*answers)] == [
+            2.0 * i for i in range(10)
+        ]
+
+    asyncio.run(scenario())
+    assert runtime.batches == [4, 4, 2]
+
+
+def test_a_full_batch_waits_for_the_one_in_the_thread() -> None:
+    """One engine call at a time: what fills up meanwhile runs after it."""
+    runtime = FakeRuntime(run_s=0.05)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=2, inline_rows=2)
+        large = submitted(coalescer, accepted(1, rows=3))
+        await asyncio.to_thread(runtime.started.wait)
+        small = [submitted(coalescer, accepted(i)) for i in range(4)]
+        assert runtime.batches == [3]
+        await asyncio.gather(large, *small)
+
+    asyncio.run(scenario())
+    assert runtime.batches == [3, 2, 2]
+
+
+@pytest.mark.parametrize("limit", ["rows", "bytes"])
+def test_the_queue_has_an_end(limit: str) -> None:
+    """Four wait behind a long run; the fifth is refused at once, and those who wait lose nothing."""
+    runtime = FakeRuntime(run_s=0.05)
+    row_bytes = accepted(1).tensors[0].nbytes
+
+    async def scenario() -> None:
+        coalescer = Coalescer(
+            runtime,
+            max_rows=64,
+            inline_rows=0,
+            max_waiting_rows=4 if limit == "rows" else 1000,
+            max_waiting_bytes=4 * row_bytes if limit == "bytes" else 10**9,
+        )
+        running = submitted(coalescer, accepted(0))
+        await asyncio.to_thread(runtime.started.wait)
+        waiting = [submitted(coalescer, accepted(i)) for i in range(4)]
+        with pytest.raises(QueueFull, match="4 rows are waiting already; try again in 1 s"):
+            submitted(coalescer, accepted(9))
+        await asyncio.gather(running, *waiting)
+        await submitted(coalescer, accepted(0))  # there is room again
+
+    asyncio.run(scenario())
+    assert runtime.batches == [1, 4, 1]
+
+
+def test_whoever_left_or_was_late_makes_room() -> None:
+    runtime = FakeRuntime(run_s=0.05)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=64, inline_rows=0, max_waiting_rows=2)
+        running = submitted(coalescer, accepted(0))
+        await asyncio.to_thread(runtime.started.wait)
+        late = submitted(coalescer, accepted(1), expires_ns=time.perf_counter_ns() + 1_000_000)
+        stays = submitted(coalescer, accepted(2))
+        await asyncio.sleep(0.005)
+        coalescer.drop_late()
+        with pytest.raises(DeadlineExceeded):
+            await late
+        await asyncio.gather(running, stays, submitted(coalescer, accepted(3)))
+
+    asyncio.run(scenario())
+    assert runtime.batches == [1, 2]
+
+
+def test_who_would_be_late_is_refused_at_once() -> None:
+    """A row takes 20 ms, five wait: whoever has 40 ms is told now, and when to come again."""
+    runtime = FakeRuntime(run_s=0.02)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=1, inline_rows=0)
+        for _ in range(30):  # the average has to be found out
+            await submitted(coalescer, accepted(0))
+        waiting = [submitted(coalescer, accepted(i)) for i in range(6)]
+        await asyncio.sleep(0)
+        now_ns = time.perf_counter_ns()
+        with pytest.raises(QueueFull):
+            submitted(coalescer, accepted(9), expires_ns=now_ns + 40_000_000)
+        patient = submitted(coalescer, accepted(9), expires_ns=now_ns + 60_000_000_000)
+        await asyncio.gather(*waiting, patient)
+
+    asyncio.run(scenario())
+
+
+def test_a_larger_request_than_the_queue_holds_is_served_when_nobody_waits() -> None:
+    async def scenario() -> None:
+        coalescer = Coalescer(FakeRuntime(), max_rows=64, inline_rows=64, max_waiting_rows=2)
+        assert (await submitted(coalescer, accepted(1, rows=9))).outputs[0].shape == (9, 3)
+
+    asyncio.run(scenario())
+
+
+def test_a_stuck_engine_keeps_nobody_waiting_beyond_the_deadline() -> None:
+    """The one that runs and the one that waits are told; when the engine comes back, nobody is told twice."""
+    runtime = FakeRuntime(run_s=0.1)
+    told: list[Exception | None] = []
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=1, inline_rows=0)
+        soon_ns = time.perf_counter_ns() + 20_000_000
+        coalescer.submit(accepted(1), lambda computed: told.append(computed.error), expires_ns=soon_ns)
+        coalescer.submit(accepted(2), lambda computed: told.append(computed.error), expires_ns=soon_ns)
+        await asyncio.sleep(0.03)
+        coalescer.drop_late()
+        assert [type(error) for error in told] == [DeadlineExceeded, DeadlineExceeded]
+        await asyncio.sleep(0.15)
+        await submitted(coalescer, accepted(3))
+
+    asyncio.run(scenario())
+    assert len(told) == 2
+    assert runtime.batches == [1, 1]
