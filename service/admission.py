@@ -30,7 +30,7 @@ from service.graph.fold import Fold
 from service.graph.scan import BatchNorm, scan
 from service.numerics import largest_difference, made_up_rows, rounding_bounds, same_bits
 from service.runtime import OnnxRuntime, Placement, Runtime
-from service.signature import Signature, TensorSpec
+from service.signature import Accepted, Signature, TensorSpec
 
 MakeRuntime = Callable[[bytes], Runtime]
 
@@ -64,6 +64,11 @@ class Admitted:
     max_batch_rows: int
     """The most rows that independence was shown for. Fewer than asked for where so many would take longer than
     `LONGEST_RUN_S`."""
+
+    def sample(self, rows: int) -> Accepted:
+        """So many rows of those that independence was tried with, over and over if they are too few."""
+        places = np.arange(rows) % self.subjects[0].shape[0] if self.subjects else None
+        return Accepted(tuple(array[places] for array in self.subjects), rows)
 
 
 def admit(

@@ -25,4 +25,5 @@ def serve_alone(path: Path, settings: Settings, listening: socket.socket) -> Non
     for signum in (signal.SIGINT, signal.SIGTERM):
         # uvicorn drains, then raises the signal once more for the handler that was there before its own: exit 0
         signal.signal(signum, lambda *_: None)
-    Server(create_app(repository, settings), lambda: say(said)).run(sockets=[listening])
+    app = create_app(repository, settings)
+    Server(app, lambda: say(said), shutdown_delay_s=settings.shutdown_delay_s).run(sockets=[listening])

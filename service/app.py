@@ -27,6 +27,7 @@ from service.errors import (
 from service.prediction import Predictions
 from service.protocol import documents
 from service.protocol.json import error_body
+from service.readiness import Readiness
 from service.repository import Live, Repository
 from service.settings import Settings
 from service.statistics import Document
@@ -41,12 +42,13 @@ def create_app(repository: Repository, settings: Settings, crew: Crew | None = N
     Args:
         crew: the processes that serve them; by default this one alone.
     """
-    rest = _fastapi(repository, crew or Alone(repository), settings)
+    readiness = Readiness(repository)
+    rest = _fastapi(repository, crew or Alone(repository), settings, readiness)
     predictions = Predictions(repository, timeout_s=settings.timeout_s or None)
-    return Application(predictions, body_limit_bytes=settings.body_limit_bytes, rest=rest)
+    return Application(predictions, readiness, body_limit_bytes=settings.body_limit_bytes, rest=rest)
 
 
-def _fastapi(repository: Repository, crew: Crew, settings: Settings) -> FastAPI:
+def _fastapi(repository: Repository, crew: Crew, settings: Settings, readiness: Readiness) -> FastAPI:
     app = FastAPI(
         title="evalmode",
         version=version("evalmode"),
@@ -56,7 +58,7 @@ def _fastapi(repository: Repository, crew: Crew, settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     _add_documentation(app, repository)
-    _add_health(app, repository)
+    _add_health(app, readiness)
     _add_statistics(app, repository, crew)  # before the models: /v2/models/stats is no model
     _add_metadata(app, repository)
     management.add(app, repository, crew, settings)
@@ -97,23 +99,24 @@ def _add_documentation(app: FastAPI, repository: Repository) -> None:
     app.openapi = document  # type: ignore[method-assign]  # the way FastAPI documents for extending it
 
 
-def _add_health(app: FastAPI, repository: Repository) -> None:
+def _add_health(app: FastAPI, readiness: Readiness) -> None:
     tags: list[str | Enum] = ["Health"]
 
     @app.get("/v2/health/live", tags=tags, summary="The process answers")
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @app.get("/v2/health/ready", tags=tags, summary="A model is ready", responses=openapi.responses(NotReady))
+    @app.get(
+        "/v2/health/ready", tags=tags, summary="Models are there and answer", responses=openapi.responses(NotReady)
+    )
     async def ready() -> dict[str, bool]:
-        if not repository.ready:
-            raise NotReady("no model is ready")
+        await readiness.check()
         return {"ready": True}
 
     @app.get("/v2/models/{model}/ready", tags=tags, responses=openapi.responses(NotFound, NotReady))
     @app.get("/v2/models/{model}/versions/{version}/ready", tags=tags, responses=openapi.responses(NotFound, NotReady))
     async def model_ready(model: str, version: str | None = None) -> dict[str, str | bool]:
-        return {"name": repository.live(model, version).name, "ready": True}
+        return {"name": await readiness.check_model(model, version), "ready": True}
 
 
 def _add_metadata(app: FastAPI, repository: Repository) -> None:

@@ -24,6 +24,7 @@ from service.prediction import (
     route_of,
 )
 from service.protocol.compression import decompressed
+from service.readiness import Readiness
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -42,8 +43,9 @@ _UNKNOWN: dict[str, Callable[[], bool]] = {GONE: lambda: False}
 class Application:
     """Answers predictions; hands everything else to `rest`."""
 
-    def __init__(self, predictions: Predictions, *, body_limit_bytes: int, rest: Asgi) -> None:
+    def __init__(self, predictions: Predictions, readiness: Readiness, *, body_limit_bytes: int, rest: Asgi) -> None:
         self.predictions = predictions
+        self.readiness = readiness
         self.body_limit_bytes = body_limit_bytes
         self._rest = rest
 

@@ -125,6 +125,8 @@ class Coalescer:
         """A batch is running, or will in the next turn of the loop."""
         self._row_ns = 0.0
         """What a row takes in a batch, on average over the last ones."""
+        self.ran_ns = perf_counter_ns()
+        """When the engine last gave an answer, on the clock of `perf_counter_ns`."""
 
     def submit(
         self,
@@ -253,7 +255,7 @@ class Coalescer:
                 for request in batch:
                     self._compute([request])
             return
-        ended_ns = perf_counter_ns()
+        self.ran_ns = ended_ns = perf_counter_ns()
         self._row_ns += ((ended_ns - started_ns) / rows - self._row_ns) * _RECENT
         for request in batch:
             request.queue_ns = started_ns - request.since_ns

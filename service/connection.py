@@ -7,7 +7,8 @@ same answers by the way of asgi.py.
 
 Rule 1: one request at a time. One that comes before the last is answered goes to uvicorn, which keeps it until then.
 Rule 2: whoever does not read its answers is asgi.py's, which waits for it.
-Rule 3: a request that has begun is answered before a connection is shut down.
+Rule 3: a request that has begun is answered before a connection is shut down; once the process is about to end, each
+        answer says that the connection closes, so that the next request goes elsewhere.
 Rule 4: nobody holds a connection for nothing: one that is idle for long, sends too slowly or does not read its answer
         is closed. The server looks after that now and then (`close_if_late`), instead of a timer for each request.
 """
@@ -40,6 +41,9 @@ _JOINED_BYTES = 64 * 1024
 KEEP_ALIVE_S = 75.0
 """How long a connection may be idle: longer than the minute after which most proxies close it on their side, so that
 they do not send a request into a connection that is being closed here."""
+
+LAST_REQUEST_S = 2.0
+"""How long a request that has begun, or a first one, is waited for when the process ends."""
 
 BEGIN_S = 30.0
 RATE_BYTES_S = 16 * 1024
@@ -148,6 +152,8 @@ class Connection(HttpToolsProtocol):
         self.scope["headers"] = headers
         self.scope["extensions"] = {GONE: {GONE: self.transport.is_closing}}
         super().on_headers_complete()
+        if self._application.readiness.ending:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._deadline_s += len(body) / RATE_BYTES_S
@@ -201,6 +207,16 @@ class Connection(HttpToolsProtocol):
                 self._refuse(RequestTooSlow())
             self.transport.close()
 
+    def shutdown(self) -> None:
+        """Close, unless a request is on its way; a client that has only just connected may still send its first."""
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            cycle.keep_alive = False
+        elif cycle is None or self._reading:
+            self._deadline_s = min(self._deadline_s, self.loop.time() + LAST_REQUEST_S)
+        else:
+            self.transport.close()
+
     def _short_way(self) -> Exchange | None:
         """None if the request has to go the other way."""
         if (
@@ -219,7 +235,8 @@ class Connection(HttpToolsProtocol):
             or not _ELSEWHERE.isdisjoint(headers)
         ):
             return None
-        return Exchange(route, headers, int(declared), keep_alive=self.parser.should_keep_alive())
+        keep_alive = self.parser.should_keep_alive() and not self._application.readiness.ending
+        return Exchange(route, headers, int(declared), keep_alive=keep_alive)
 
     def _answered(self) -> bool:
         """The request before this one, if there was one."""

@@ -4,15 +4,18 @@ Rule 1: an idle process sleeps.
 Rule 2: in a turn of the loop, several connections are taken, but not all. If it were one, then with a thousand
         connections and ten milliseconds a turn, the last would wait for ten seconds before its request is read. If it
         were all, the first of several processes on the socket to wake would have them for as long as they stay open.
+Rule 3: nothing that was accepted is lost when the process ends. After SIGTERM it is not ready, but answers all that
+        comes for a while, until those who send it have noticed; each answer closes its connection. Then nobody is let
+        in any more, what is there is answered, and the process ends. Ctrl-C goes without the while.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from types import FrameType
 from typing import Any, cast, final
 
@@ -28,6 +31,11 @@ from sleeping."""
 TAKES_AT_ONCE = 64
 SHARED_TAKES_AT_ONCE = 4
 """Where other processes take from the same socket: few, so that those share what comes at one moment."""
+
+DRAIN_LIMIT_S = 30.0
+"""What is not answered so long after nobody is let in any more is given up."""
+
+DRAIN_TICK_S = 0.05
 
 EXHAUSTED_PAUSE_S = 1.0
 """Without a free file descriptor a connection is left waiting for so long, as asyncio's own servers do."""
@@ -45,6 +53,7 @@ def config(app: Application) -> uvicorn.Config:
         server_header=False,
         log_config=None,
         log_level="warning",
+        timeout_graceful_shutdown=1,  # after what `Server.shutdown` waits
     )
 
 
@@ -53,17 +62,24 @@ class Server(uvicorn.Server):
     """Says when it listens, so that what is printed then can be used at once."""
 
     def __init__(
-        self, app: Application, when_listening: Callable[[], None], *, takes_at_once: int = TAKES_AT_ONCE
+        self,
+        app: Application,
+        when_listening: Callable[[], None],
+        *,
+        shutdown_delay_s: float = 0.0,
+        takes_at_once: int = TAKES_AT_ONCE,
     ) -> None:
         """
         Args:
+            shutdown_delay_s: after SIGTERM, how long it is not ready and answers all the same.
             takes_at_once: the most connections that are taken in a turn of the loop.
         """
         super().__init__(config(app))
         self._app = app
         self._when_listening = when_listening
+        self._shutdown_delay_s = shutdown_delay_s
         self._takes_at_once = takes_at_once
-        self._ending = asyncio.Event()
+        self._signals = asyncio.Queue[int]()
         self._connecting: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -76,26 +92,61 @@ class Server(uvicorn.Server):
         self._listening.setblocking(False)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._listening, self._take)
+        await self.on_tick(0)  # the date header
         gc.collect()
         gc.freeze()  # what was made until now stays: the collector need not look at it again
         self._when_listening()
 
     async def main_loop(self) -> None:
-        while not await self.on_tick(0):
-            for connection in cast("list[Connection]", [*self.server_state.connections]):
-                connection.close_if_late()
-            self._app.predictions.drop_late()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), TICK_S)
+        signum: int | None = None
+        while not self.should_exit:
+            signum = await self._signal_within(TICK_S)
+        self._app.readiness.ending = True
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + (self._shutdown_delay_s if signum == signal.SIGTERM else 0.0)
+        signum = None
+        while signum is None and (left_s := end_s - loop.time()) > 0:
+            signum = await self._signal_within(min(left_s, TICK_S))
+
+    async def _signal_within(self, limit_s: float) -> int | None:
+        """The next signal; or None, after looking after everything."""
+        try:
+            return await asyncio.wait_for(self._signals.get(), limit_s)
+        except TimeoutError:
+            await self.on_tick(0)
+            self._look_after_clients()
+            return None
+
+    def _look_after_clients(self) -> None:
+        for connection in self._connections:
+            connection.close_if_late()
+        self._app.predictions.drop_late()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._ending.set)
+            self._loop.call_soon_threadsafe(self._signals.put_nowait, sig)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().remove_reader(self._listening)
-        await super().shutdown(sockets)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._listening)
+        self._take()  # who came before the end
+        self._listening.close()
+        if self._connecting:
+            await asyncio.wait(self._connecting)
+        for connection in self._connections:
+            connection.shutdown()
+        end_s = loop.time() + DRAIN_LIMIT_S
+        while self.server_state.connections and not self.force_exit and loop.time() < end_s:
+            await asyncio.sleep(DRAIN_TICK_S)
+            self._look_after_clients()
+        for connection in self._connections:
+            connection.transport.abort()
+        await super().shutdown()
+
+    @property
+    def _connections(self) -> list[Connection]:
+        return cast("list[Connection]", [*self.server_state.connections])
 
     def _take(self) -> None:
         for _ in range(self._takes_at_once):

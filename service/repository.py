@@ -17,6 +17,7 @@ from typing import Literal, final
 from service import bundle as bundles
 from service.admission import Admitted, admit
 from service.bundle import MODEL_FILE, NAME_PATTERN, Bundle
+from service.canary import Canary
 from service.coalescing import Coalescer
 from service.errors import (
     AdmissionRefused,
@@ -61,6 +62,7 @@ class Live:
     admitted: Admitted
     batching: Batching
     coalescer: Coalescer
+    canary: Canary
     statistics: Statistics
     reader: SampleReader | None
     """None when the model takes tensors only."""
@@ -259,19 +261,22 @@ def _load(found: Found, placement: Placement, settings: Settings) -> Entry:
         reason = f"not admitted: admission broke on it ({first_line(error)}); the log has the traceback"
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
     statistics = Statistics()
+    coalescer = Coalescer(
+        admitted.runtime,
+        max_rows=batching.max_rows,
+        inline_rows=batching.inline_rows,
+        max_waiting_rows=settings.max_queue_rows,
+        max_waiting_bytes=settings.max_queue_bytes,
+        statistics=statistics,
+    )
+    rows, run_s = min(batching.run_s.items())
     live = Live(
         name=found.name,
         version=found.version,
         admitted=admitted,
         batching=batching,
-        coalescer=Coalescer(
-            admitted.runtime,
-            max_rows=batching.max_rows,
-            inline_rows=batching.inline_rows,
-            max_waiting_rows=settings.max_queue_rows,
-            max_waiting_bytes=settings.max_queue_bytes,
-            statistics=statistics,
-        ),
+        coalescer=coalescer,
+        canary=Canary(coalescer, admitted.sample(rows), run_s=run_s),
         statistics=statistics,
         reader=SampleReader(admitted.signature) if admitted.signature.features is not None else None,
     )

@@ -30,7 +30,7 @@ class FakeRuntime:
         self.ran_on: set[int] = set()
         self.started = threading.Event()
         """Set when the first batch has begun."""
-        self._run_s = run_s
+        self.run_s = run_s
         self._chokes_on = chokes_on
 
     def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
@@ -38,7 +38,7 @@ class FakeRuntime:
         self.batches.append(x.shape[0])
         self.started.set()
         self.ran_on.add(threading.get_ident())
-        time.sleep(self._run_s)
+        time.sleep(self.run_s)
         if self._chokes_on is not None and (x == self._chokes_on).any():
             raise RuntimeError(f"cannot compute {self._chokes_on}")
         return [x * np.float32(2)]

@@ -49,6 +49,8 @@ class Supervisor:
         self._conductor = Conductor()
         self._processes: set[asyncio.subprocess.Process] = set()
         self._announced = False
+        self._stop_signal = signal.SIGTERM
+        """What workers are stopped with: they take their time for SIGTERM."""
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM.
@@ -59,9 +61,10 @@ class Supervisor:
         stop = asyncio.Event()
 
         def end(signum: signal.Signals) -> None:
-            if stop.is_set() and signum == signal.SIGINT:  # the second Ctrl-C: what is being answered is given up
+            if stop.is_set():  # the second time: what is being answered is given up, or the delay
                 for process in self._processes:
-                    process.kill()
+                    process.send_signal(signal.SIGKILL if signum == signal.SIGINT else signum)
+            self._stop_signal = signum
             stop.set()
 
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -110,7 +113,7 @@ class Supervisor:
         finally:
             self._conductor.leave(channel)
             if process.returncode is None:
-                process.terminate()
+                process.send_signal(self._stop_signal)
             code = await process.wait()
             await channel.close()
             self._processes.discard(process)

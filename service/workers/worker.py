@@ -50,7 +50,7 @@ class Worker:
     async def _stop_when_orphaned(self) -> None:
         await self._supervisor.gone()
         asyncio.get_running_loop().call_later(ORPHAN_LIMIT_S, os._exit, 1)
-        signal.raise_signal(signal.SIGTERM)  # to uvicorn, which drains and ends the process; without it, the end
+        signal.raise_signal(signal.SIGINT)  # to uvicorn, which drains and ends the process; without it, the end
         await asyncio.Event().wait()
 
     async def _answer(self, question: str, facts: Facts) -> object:
@@ -93,7 +93,8 @@ class Worker:
         listens = asyncio.Event()
         crew = OneOfSeveral(self._supervisor)
         app = create_app(self._repository, self._settings, crew)
-        server = Server(app, listens.set, takes_at_once=SHARED_TAKES_AT_ONCE)
+        delay_s = self._settings.shutdown_delay_s
+        server = Server(app, listens.set, shutdown_delay_s=delay_s, takes_at_once=SHARED_TAKES_AT_ONCE)
         self._tasks.create_task(server.serve(sockets=[self._listening]))
         await listens.wait()
 
