@@ -54,7 +54,9 @@ class Canary:
         if now_ns - self._coalescer.ran_ns < LATELY_S * 1e9:
             self._since_ns = None
             return
-        since_ns = self._since_ns = self._since_ns or now_ns
+        if self._since_ns is None or self._since_ns < self._coalescer.ran_ns:
+            self._since_ns = now_ns
+        since_ns = self._since_ns
         self._send()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._told.wait(), MOMENT_S)
