@@ -1,8 +1,8 @@
 """The process that starts, replaces and stops several others that serve on its one socket.
 
 Rule 1: it never serves and never loads a model; it holds the socket, so that connections wait, not fail.
-Rule 2: a worker that ends is replaced, with growing pauses where that does not help; when none at all can be started,
-    the supervisor says why and ends.
+Rule 2: a worker that ends is replaced, and so is one that hangs, with growing pauses where that does not help; when
+    none at all can be started, the supervisor says why and ends.
 Rule 3: workers have sessions of their own, so a signal reaches them only through the supervisor; when that is gone,
     they see their channel end and stop.
 """
@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import final
 
@@ -26,6 +27,11 @@ from service.workers.conductor import Conductor
 
 STEADY_S = 10.0
 """A worker that served this long did not fail at its start."""
+
+PING_S = 2.0
+HUNG_S = 20.0
+"""How often a worker is asked whether it is there, and how long its answer may take: models are loaded beside its event
+loop, so it answers then too."""
 
 HOPELESS = 3
 """Failures in a row after which the service ends, if nobody else serves."""
@@ -103,7 +109,7 @@ class Supervisor:
             said = await self._conductor.join(channel, first=first, **self._facts)
             serves_from_s = time.monotonic()
             self._announce(said["announcement"])
-            await process.wait()
+            why = await self._watched(process, channel)
         except Gone:
             await process.wait()
         except EvalmodeError as error:
@@ -113,7 +119,7 @@ class Supervisor:
         finally:
             self._conductor.leave(channel)
             if process.returncode is None:
-                process.send_signal(self._stop_signal)
+                process.send_signal(signal.SIGTERM if serves_from_s is None else self._stop_signal)
             code = await process.wait()
             await channel.close()
             self._processes.discard(process)
@@ -121,6 +127,18 @@ class Supervisor:
         return served_s, why or (
             f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         )
+
+    async def _watched(self, process: asyncio.subprocess.Process, channel: Channel) -> str:
+        """Wait for the end of a worker, and end one that does not even say that it is there; why it was ended."""
+        while process.returncode is None:
+            try:
+                await asyncio.wait_for(channel.ask("ping"), HUNG_S)
+            except TimeoutError:
+                process.kill()
+                return f"said nothing for {HUNG_S:.0f} s and was ended"
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), PING_S)
+        return ""
 
     async def _started(self) -> tuple[asyncio.subprocess.Process, Channel]:
         ours, its = socket.socketpair()

@@ -1,7 +1,7 @@
 """One of several processes that serve, under a supervisor.
 
 Rule 1: it does what the supervisor asks, in this order: `prepare`, `listen`; from then on `admit` and `settle`,
-    `unload`, `statistics`. It serves nothing before `listen`, so whoever answers is ready.
+    `unload`, `statistics`, `ping`. It serves nothing before `listen`, so whoever answers is ready.
 Rule 2: `admit` changes nothing that is served; `settle` cannot fail. So several workers can do both or neither.
 Rule 3: when the supervisor is gone, it stops.
 """
@@ -70,6 +70,8 @@ class Worker:
                 return _verdicts(entry for entry in self._repository.entries if entry.name == facts["model"])
             case "statistics":
                 return self._statistics()
+            case "ping":
+                return None
         raise AssertionError(question)
 
     async def _prepare(self, path: Path, settings: Settings, verdicts: Sequence[Any] | None) -> Facts:

@@ -21,6 +21,8 @@ import httpx
 import onnx
 import pytest
 
+from service.settings import Settings
+from service.workers import supervisor
 from tests import graphs
 from tests.bundles import SAMPLE, write_table_bundle
 from tests.conftest import Serve, Serving
@@ -201,6 +203,34 @@ def test_a_killed_worker_is_replaced_while_the_other_serves(serve: Serve, models
     assert {answer.json()["version"] for answer in everywhere(serving, "POST", PREDICT, SAMPLE)} == {"1"}
     assert len({answer.content for answer in everywhere(serving, "POST", INDEX)}) == 1
     assert {answer.status_code for answer in everywhere(serving, "GET", "/v2/models/rate/ready")} == {503}
+
+
+async def soon(true: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if true():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("it did not come")
+
+
+def test_a_worker_that_hangs_is_replaced(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there and says nothing: stopped by a signal here, as by a driver that never returns."""
+    monkeypatch.setattr(supervisor, "PING_S", 0.1)
+    monkeypatch.setattr(supervisor, "HUNG_S", 1.0)
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            one = supervisor.Supervisor(models, Settings(workers=2), listening)
+            running = asyncio.create_task(one.run())
+            await soon(lambda: len(one._conductor.workers) == 2)
+            hung, other = children(os.getpid())
+            os.kill(hung, signal.SIGSTOP)
+            await soon(lambda: hung not in children(os.getpid()) and len(one._conductor.workers) == 2)
+            assert other in children(os.getpid())
+            os.kill(os.getpid(), signal.SIGINT)
+            await running
+
+    asyncio.run(asyncio.wait_for(scenario(), 40))
 
 
 def test_files_that_were_changed_under_a_served_version_are_not_mixed_in(serve: Serve, models: Path) -> None:
