@@ -26,4 +26,10 @@ def serve_alone(path: Path, settings: Settings, listening: socket.socket) -> Non
         # uvicorn drains, then raises the signal once more for the handler that was there before its own: exit 0
         signal.signal(signum, lambda *_: None)
     app = create_app(repository, settings)
-    Server(app, lambda: say(said), shutdown_delay_s=settings.shutdown_delay_s).run(sockets=[listening])
+    server = Server(
+        app,
+        lambda: say(said),
+        shutdown_delay_s=settings.shutdown_delay_s,
+        max_connections=settings.max_connections,
+    )
+    server.run(sockets=[listening])

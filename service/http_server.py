@@ -15,6 +15,7 @@ import asyncio
 import gc
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, cast, final
@@ -37,6 +38,7 @@ DRAIN_LIMIT_S = 30.0
 
 DRAIN_TICK_S = 0.05
 
+FULL_PAUSE_S = 0.1
 EXHAUSTED_PAUSE_S = 1.0
 """Without a free file descriptor a connection is left waiting for so long, as asyncio's own servers do."""
 
@@ -67,17 +69,20 @@ class Server(uvicorn.Server):
         when_listening: Callable[[], None],
         *,
         shutdown_delay_s: float = 0.0,
+        max_connections: int = sys.maxsize,
         takes_at_once: int = TAKES_AT_ONCE,
     ) -> None:
         """
         Args:
             shutdown_delay_s: after SIGTERM, how long it is not ready and answers all the same.
+            max_connections: while so many are open, others wait to be taken.
             takes_at_once: the most connections that are taken in a turn of the loop.
         """
         super().__init__(config(app))
         self._app = app
         self._when_listening = when_listening
         self._shutdown_delay_s = shutdown_delay_s
+        self._max_connections = max_connections
         self._takes_at_once = takes_at_once
         self._signals = asyncio.Queue[int]()
         self._connecting: set[asyncio.Task[Any]] = set()
@@ -150,14 +155,15 @@ class Server(uvicorn.Server):
 
     def _take(self) -> None:
         for _ in range(self._takes_at_once):
+            if len(self.server_state.connections) + len(self._connecting) >= self._max_connections:
+                self._pause(FULL_PAUSE_S)
+                return
             try:
                 taken, _ = self._listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # another was quicker, or it left
                 return
             except OSError:
-                loop = asyncio.get_running_loop()
-                loop.remove_reader(self._listening)
-                loop.call_later(EXHAUSTED_PAUSE_S, self._look_again)
+                self._pause(EXHAUSTED_PAUSE_S)
                 return
             taken.setblocking(False)
             taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -165,8 +171,13 @@ class Server(uvicorn.Server):
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
 
+    def _pause(self, pause_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._listening)
+        loop.call_later(pause_s, self._look_again)
+
     def _look_again(self) -> None:
-        if not self.should_exit:
+        if self._listening.fileno() >= 0:  # it is closed when the process ends
             asyncio.get_running_loop().add_reader(self._listening, self._take)
 
     def _connection(self) -> Connection:

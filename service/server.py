@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import resource
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from service.errors import Refused
@@ -21,6 +23,7 @@ def serve(path: Path, settings: Settings) -> None:
         WrongCall: there is nothing to serve at `path`.
         Refused: the port is taken, the device cannot be had, no model was admitted, or no worker can be started.
     """
+    _allow_descriptors()
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with _listening(settings.host, settings.port) as listening:
         if settings.workers == 1:
@@ -31,6 +34,13 @@ def serve(path: Path, settings: Settings) -> None:
             from service.workers.supervisor import Supervisor
 
             asyncio.run(Supervisor(path, settings, listening).run())
+
+
+def _allow_descriptors() -> None:
+    """As many as the system gives this process: many shells start with 1,024, which is not a thousand connections."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listening(host: str, port: int) -> socket.socket:

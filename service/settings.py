@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     shutdown_delay_s: float = Field(
         default=2.0, ge=0, description="After SIGTERM, how long it is not ready and answers all the same."
     )
+    max_connections: int = Field(
+        default=10_000, ge=1, description="The most open connections of a worker; others wait to be taken."
+    )
     body_limit_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body that is read.")
     log_level: LogLevel = Field(default="info", description="The least that is logged.")
 

@@ -95,8 +95,13 @@ class Worker:
         listens = asyncio.Event()
         crew = OneOfSeveral(self._supervisor)
         app = create_app(self._repository, self._settings, crew)
-        delay_s = self._settings.shutdown_delay_s
-        server = Server(app, listens.set, shutdown_delay_s=delay_s, takes_at_once=SHARED_TAKES_AT_ONCE)
+        server = Server(
+            app,
+            listens.set,
+            shutdown_delay_s=self._settings.shutdown_delay_s,
+            max_connections=self._settings.max_connections,
+            takes_at_once=SHARED_TAKES_AT_ONCE,
+        )
         self._tasks.create_task(server.serve(sockets=[self._listening]))
         await listens.wait()
 

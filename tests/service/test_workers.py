@@ -541,3 +541,27 @@ def test_the_first_may_not_be_able() -> None:
         await part(one)
 
     run(scenario)
+
+
+def test_no_more_connections_than_allowed_are_taken() -> None:
+    """The third waits until one of the two before it has gone."""
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            listens = asyncio.Event()
+            server = Server(empty(), listens.set, max_connections=2)
+            serving = asyncio.create_task(server.serve(sockets=[listening.dup()]))
+            await listens.wait()
+            clients = [socket.create_connection(listening.getsockname()) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            assert taken(server) == 2
+            clients[0].close()
+            clients[2].sendall(b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+            answer = await asyncio.to_thread(clients[2].recv, 1000)
+            assert answer.startswith(b"HTTP/1.1 200")
+            for client in clients:
+                client.close()
+            server.should_exit = True
+            await serving
+
+    in_a_thread(scenario)
