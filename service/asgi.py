@@ -7,6 +7,7 @@ way; connection.py says which do not.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, final
 
@@ -89,8 +90,7 @@ class Application:
             RequestError: it is too large, or not what its headers say.
         """
         limit_bytes = self.body_limit_bytes
-        declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > limit_bytes:
+        if (declared_bytes(headers) or 0) > limit_bytes:
             raise BodyTooLarge(limit_bytes=limit_bytes)
         chunks: list[bytes] = []
         size = 0
@@ -111,6 +111,14 @@ class Application:
         if size < THREAD_BYTES // 32:  # it may become a thousand times as large
             return decompressed(body, headers[b"content-encoding"], limit_bytes=limit_bytes)
         return await asyncio.to_thread(decompressed, body, headers[b"content-encoding"], limit_bytes=limit_bytes)
+
+
+def declared_bytes(headers: Headers) -> int | None:
+    """What Content-Length says; None without it, or if it is no number."""
+    declared = headers.get(b"content-length", b"")
+    if not declared.isdigit():
+        return None
+    return int(declared) if len(declared) <= 18 else sys.maxsize
 
 
 def headers_by_name(pairs: Sequence[tuple[bytes, bytes]]) -> Headers:

@@ -5,18 +5,30 @@ callers send, one request after another with a body of a known length that is ne
 handed to the predictions as soon as it is read, and its answer leaves in one write. All else is uvicorn's, and gets the
 same answers by the way of asgi.py.
 
-Rule 1: one request at a time. One that comes before the last is answered goes to uvicorn, which keeps it until then.
+Rule 1: one request at a time. One that comes before the last is answered goes to uvicorn, which keeps it until then, so
+        answers leave in the order of the requests.
 Rule 2: whoever does not read its answers is asgi.py's, which waits for it.
-Rule 3: a request that has begun is answered before a connection is shut down; once the process is about to end, each
-        answer says that the connection closes, so that the next request goes elsewhere.
-Rule 4: nobody holds a connection for nothing: one that is idle for long, sends too slowly or does not read its answer
-        is closed. The server looks after that now and then (`close_if_late`), instead of a timer for each request.
+Rule 3: a request that is here is answered, whatever follows it: bytes that are not HTTP, or the end of the process.
+        Once that is near, each answer says that the connection closes, so that the next request goes elsewhere.
+Rule 4: whoever closes its side has left, and is not computed for.
+Rule 5: nobody holds a connection for nothing. The server looks now and then (`close_if_late`); there is no timer for
+        each request.
+
+    whose turn         while                                           until
+    the client's       no request has begun                            KEEP_ALIVE_S, then it is closed
+    the client's       a request has begun and is not here yet         BEGIN_S and by its size, then 408
+    ours               a request is here and not answered              it is answered, or its own deadline has come
+    the client's       something is written that it does not read      UNREAD_S without any progress, then it is cut
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
+import re
+import sys
+from collections import deque
 from typing import Any, ClassVar, cast, final
 
 import httptools
@@ -24,37 +36,62 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from service.asgi import GONE, Application, headers_by_name
-from service.errors import BadRequest, RequestError, RequestTooSlow
+from service.asgi import GONE, Application, declared_bytes, headers_by_name
+from service.errors import BadRequest, RequestTooSlow
 from service.large_body import LARGE_BODY_BYTES, LargeBody, place_for
-from service.prediction import Headers, Route, Said, declared_json_bytes, route_of
+from service.prediction import Headers, Route, Said, declared_json_bytes, refusal, request_id, route_of
 from service.protocol import Body
-from service.protocol.json import error_body
-
-_ELSEWHERE = frozenset({b"content-encoding", b"transfer-encoding", b"expect", b"upgrade"})
-"""With one of these headers a request is not ours."""
-
-_JOINED_BYTES = 64 * 1024
-"""A body up to this size is copied behind its head; a larger one is sent after it, in the same system call."""
-
 
 KEEP_ALIVE_S = 75.0
 """How long a connection may be idle: longer than the minute after which most proxies close it on their side, so that
 they do not send a request into a connection that is being closed here."""
 
-LAST_REQUEST_S = 2.0
-"""How long a request that has begun, or a first one, is waited for when the process ends."""
-
 BEGIN_S = 30.0
 RATE_BYTES_S = 16 * 1024
 """A request has to be here after `BEGIN_S`, and a second more for each so many bytes of its body."""
 
+UNREAD_S = 30.0
+
+LAST_REQUEST_S = 2.0
+"""How long a request that has begun, or a first one, is waited for when the process ends."""
+
+_JOINED_BYTES = 64 * 1024
+"""A body up to this size is copied behind its head; a larger one is sent after it, in the same system call."""
+
+_ELSEWHERE = frozenset({b"content-encoding", b"transfer-encoding", b"expect"})
+"""A request with one of these headers needs more than its body read: uvicorn and asgi.py know how."""
+
+_ENCODED = re.compile(rb"[^\w/.~-]")
+"""What a path has to be freed of before it is one."""
+
+_NO_PATH = (UnicodeDecodeError, httptools.HttpParserInvalidURLError)
+"""What uvicorn raises where the target of a request is not one."""
+
+_LONGEST_URL = 512
+
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=1024)
+def _route_of_url(url: bytes) -> Route | None:
+    return None if _ENCODED.search(url) else route_of(url.decode("ascii"))
+
 
 @final
 class Exchange:
-    """A prediction's request, and then whether it is answered; in the place of uvicorn's `RequestResponseCycle`."""
+    """A prediction's request and whether it is answered, in the place of uvicorn's `RequestResponseCycle`."""
 
-    __slots__ = ("chunks", "disconnected", "headers", "keep_alive", "left_bytes", "place", "response_complete", "route")
+    __slots__ = (
+        "chunks",
+        "disconnected",
+        "headers",
+        "keep_alive",
+        "left_bytes",
+        "more_body",
+        "place",
+        "response_complete",
+        "route",
+    )
 
     message_event: ClassVar[asyncio.Event] = asyncio.Event()
     """uvicorn sets it when a client leaves; nobody waits for it."""
@@ -68,9 +105,10 @@ class Exchange:
         """The body, as it came."""
         self.place: memoryview | None = None
         """The body in its place, if it is large and binary."""
-        if body_bytes >= LARGE_BODY_BYTES and (json_bytes := declared_json_bytes(headers)) is not None:
+        if body_bytes >= LARGE_BODY_BYTES and route.binary and (json_bytes := declared_json_bytes(headers)) is not None:
             self.place = place_for(body_bytes, json_bytes)
         self.keep_alive = keep_alive
+        self.more_body = True
         self.disconnected = False
         self.response_complete = False
 
@@ -88,34 +126,51 @@ class Exchange:
         assert self.place is not None
         return self.place[len(self.place) - self.left_bytes :]
 
-    @property
-    def body(self) -> Body:
-        if self.place is not None:
-            return self.place
-        return self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+    def give_body(self) -> Body:
+        """The whole body, which is not kept: a connection may stay for long after its answer."""
+        chunks, place, self.chunks, self.place = self.chunks, self.place, [], None
+        if place is not None:
+            return place
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 @final
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection, with a shorter way for predictions."""
+    """uvicorn's connection, with a shorter way for predictions.
+
+    uvicorn's `cycle` is the request that came last, answered or not.
+    """
 
     def __init__(self, config: uvicorn.Config, server_state: ServerState, app_state: dict[str, Any], app: Application):
         super().__init__(config, server_state, app_state)
         self._application = app
         self._exchange: Exchange | None = None
-        """The request that is being read; None if it is uvicorn's."""
+        """The request that is being read, if it is ours."""
+        self._owed: deque[Exchange | RequestResponseCycle] = deque()
+        """Those whose head is here and that are not answered, in their order."""
         self._reading = False
         """A request has begun and is not here yet."""
-        self._deadline_s = self.loop.time() + BEGIN_S
-        """The client has so long, on the clock of the event loop: for its next request, or for the rest of one."""
+        self._head_read = False
+        self._first = True
+        """Nothing was computed yet for what came in this turn."""
+        self._deadline_s = self.loop.time() + KEEP_ALIVE_S
+        """On the clock of the event loop; infinite while it is our turn."""
+        self._unsent_bytes = 0
+        self._unsent_since_s = self.loop.time()
+        """When the client was last seen reading what is written."""
+
+    # what is read
 
     def data_received(self, data: bytes) -> None:
+        self._first = True
+        if b"pgrade:" in data and not self._reading:
+            data = _without_upgrade(data)
         super().data_received(data)
         exchange = self._exchange
-        if exchange is not None and exchange.place is not None and self._reading and not self.transport.is_closing():
-            self._hand_over(LargeBody(self, exchange.room(), self._take_read))
+        if exchange is not None and exchange.place is not None and exchange.left_bytes:
+            self._hand_over(LargeBody(self, exchange.room(), self._took))
 
-    def _take_read(self, read_bytes: int) -> None:
+    def _took(self, read_bytes: int) -> None:
         """So much more of a large body is in its place."""
         exchange = self._exchange
         assert exchange is not None
@@ -123,37 +178,43 @@ class Connection(HttpToolsProtocol):
         exchange.left_bytes -= read_bytes
         if not exchange.left_bytes:
             self.parser = httptools.HttpRequestParser(self)  # the one before waits for a body that it will not see
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
             self._hand_over(self)
+            self._first = True
             self.on_message_complete()
 
     def _hand_over(self, protocol: asyncio.BaseProtocol) -> None:
-        """What comes from now on is this protocol's."""
-        self.transport.pause_reading()
-        self.transport.set_protocol(protocol)
-        self.transport.resume_reading()
+        """What comes from now on is this protocol's; transports choose how they read when they begin to."""
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+            self.transport.set_protocol(protocol)
+            self.transport.resume_reading()
 
     def on_message_begin(self) -> None:
         """Without the scope, which most requests do not need."""
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
+        self._exchange = None
         self._reading = True
-        if self._answered():
-            self._deadline_s = self.loop.time() + BEGIN_S
+        self._head_read = False
+        self._wait()
 
     def on_headers_complete(self) -> None:
+        self._head_read = True
         self._exchange = self._short_way()
         if self._exchange is not None:
             self.cycle = cast(RequestResponseCycle, self._exchange)
-            return
-        url, headers, expects = self.url, self.headers, self.expect_100_continue
-        super().on_message_begin()
-        self.url, self.headers, self.expect_100_continue = url, headers, expects
-        self.scope["headers"] = headers
-        self.scope["extensions"] = {GONE: {GONE: self.transport.is_closing}}
-        super().on_headers_complete()
-        if self._application.readiness.ending:
-            self.cycle.keep_alive = False
+        else:
+            url, headers, expects = self.url, self.headers, self.expect_100_continue
+            super().on_message_begin()
+            self.url, self.headers, self.expect_100_continue = url, headers, expects
+            self.scope["headers"] = headers
+            self.scope["extensions"] = {GONE: {GONE: self.transport.is_closing}}
+            super().on_headers_complete()
+            if self._application.readiness.ending:
+                self.cycle.keep_alive = False
+        self._owed.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._deadline_s += len(body) / RATE_BYTES_S
@@ -164,110 +225,132 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._reading = False
-        if not self._answered():
-            self._deadline_s = math.inf
-        exchange = self._exchange
+        exchange, self._exchange = self._exchange, None
         if exchange is None:
             super().on_message_complete()
+            self._wait()
             return
+        exchange.more_body = False
+        self._deadline_s = math.inf
+        alone, self._first = self._first and len(self.connections) == 1, False
 
         def reply(status: int, said: Said, content: bytes) -> None:
             self._reply(exchange, status, said, content)
 
         self._application.predictions.answer(
-            exchange.route,
-            exchange.headers,
-            exchange.body,
-            reply,
-            alone=len(self.connections) == 1,
-            gone=self.transport.is_closing,
+            exchange.route, exchange.headers, exchange.give_body(), reply, alone=alone, gone=self.transport.is_closing
         )
 
+    def _short_way(self) -> Exchange | None:
+        """None if the request has to go the other way."""
+        if (
+            self.parser.get_method() != b"POST"
+            or len(self.url) > _LONGEST_URL
+            or (route := _route_of_url(self.url)) is None
+            or self._owed
+            or self.flow.write_paused
+            or self.parser.get_http_version() != "1.1"
+        ):
+            return None
+        headers = headers_by_name(self.headers)
+        body_bytes = declared_bytes(headers)
+        if body_bytes is None or body_bytes > self._application.body_limit_bytes or not _ELSEWHERE.isdisjoint(headers):
+            return None
+        keep_alive = self.parser.should_keep_alive() and not self._application.readiness.ending
+        return Exchange(route, headers, body_bytes, keep_alive=keep_alive)
+
+    # what is answered
+
+    def _reply(self, exchange: Exchange, status: int, said: Said, content: bytes) -> None:
+        exchange.response_complete = True
+        if not self.transport.is_closing():
+            self._write(status, said, content, keep_alive=exchange.keep_alive)
+        self.on_response_complete()
+
+    def _write(self, status: int, said: Said, content: bytes, *, keep_alive: bool) -> None:
+        lines = [STATUS_LINE[status]]
+        for name, value in self.server_state.default_headers:
+            lines.append(b"%b: %b\r\n" % (name, value))
+        for name, value in said:
+            lines.append(b"%b: %b\r\n" % (name, value))
+        lines.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+        if len(content) <= _JOINED_BYTES:
+            lines.append(content)
+            self.transport.write(b"".join(lines))
+        else:
+            self.transport.writelines([b"".join(lines), content])
+        if not keep_alive:
+            self.transport.close()
+
     def on_response_complete(self) -> None:
-        """Go on with what came meanwhile, else wait for what comes next."""
+        """Go on with what came meanwhile, else wait for what comes next. Called for answers of either way."""
+        self._owed.popleft()
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
         if self.pipeline:
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
-        if self._reading or self._answered():
-            patience_s = BEGIN_S if self._reading else KEEP_ALIVE_S
-            unsent_bytes = self.transport.get_write_buffer_size()
-            self._deadline_s = self.loop.time() + patience_s + unsent_bytes / RATE_BYTES_S
+        self._wait()
+
+    def send_400_response(self, msg: str) -> None:
+        """What cannot be read ends the connection, after the answers that are owed."""
+        if last := self._last_owed():
+            last.keep_alive = False
+            self.flow.pause_reading()
+            return
+        error = sys.exception()
+        if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(error.__context__, _NO_PATH):
+            self._refuse(error)
+        else:
+            self._refuse(BadRequest(f"the request is not valid HTTP/1.1: {msg.rstrip('.')}"))
+
+    def _refuse(self, error: BaseException) -> None:
+        self._write(*refusal(error, request_id({})), keep_alive=False)
+
+    def _last_owed(self) -> Exchange | RequestResponseCycle | None:
+        """The last of the requests that are here and not answered."""
+        return next((cycle for cycle in reversed(self._owed) if not cycle.more_body), None)
+
+    # whose turn it is
+
+    def _wait(self) -> None:
+        """From now on, as the table says."""
+        if self._owed and self._last_owed():
+            self._deadline_s = math.inf
+        else:
+            self._deadline_s = self.loop.time() + (BEGIN_S if self._reading else KEEP_ALIVE_S)
 
     def close_if_late(self) -> None:
         """Let go of a client that has not kept its deadline."""
-        if self.loop.time() < self._deadline_s:
+        if self.transport.is_closing() and not self.transport.get_write_buffer_size():
             return
-        if self.transport.get_write_buffer_size():  # it does not read; what is left is not waited for
-            self.transport.abort()
-        elif not self.transport.is_closing():
-            if self._reading:
+        now_s, unsent_bytes = self.loop.time(), self.transport.get_write_buffer_size()
+        if not unsent_bytes or unsent_bytes < self._unsent_bytes:
+            self._unsent_since_s = now_s
+        self._unsent_bytes = unsent_bytes
+        if unsent_bytes:
+            if now_s - self._unsent_since_s > UNREAD_S:
+                self.transport.abort()
+        elif now_s > self._deadline_s:
+            if self._reading and (self._owed or not self._head_read):  # else it was answered before it was here
                 self._refuse(RequestTooSlow())
             self.transport.close()
 
     def shutdown(self) -> None:
-        """Close, unless a request is on its way; a client that has only just connected may still send its first."""
-        cycle: RequestResponseCycle | None = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            cycle.keep_alive = False
-        elif cycle is None or self._reading:
+        """Close after what is owed; a request that has begun, and a first one, may still arrive."""
+        if self._owed:
+            self._owed[-1].keep_alive = False
+        elif self._reading or self.cycle is None:
             self._deadline_s = min(self._deadline_s, self.loop.time() + LAST_REQUEST_S)
         else:
             self.transport.close()
 
-    def _short_way(self) -> Exchange | None:
-        """None if the request has to go the other way."""
-        if (
-            self.parser.get_method() != b"POST"
-            or (route := route_of(self.url.decode("latin-1"))) is None
-            or not self._answered()
-            or self.flow.write_paused
-            or self.parser.get_http_version() != "1.1"
-        ):
-            return None
-        headers = headers_by_name(self.headers)
-        declared = headers.get(b"content-length", b"")
-        if (
-            not declared.isdigit()
-            or int(declared) > self._application.body_limit_bytes
-            or not _ELSEWHERE.isdisjoint(headers)
-        ):
-            return None
-        keep_alive = self.parser.should_keep_alive() and not self._application.readiness.ending
-        return Exchange(route, headers, int(declared), keep_alive=keep_alive)
 
-    def _answered(self) -> bool:
-        """The request before this one, if there was one."""
-        cycle: RequestResponseCycle | None = self.cycle
-        return cycle is None or cycle.response_complete
+def _without_upgrade(data: bytes) -> bytes:
+    """The beginning of a request that asks for another protocol, which may be ignored (RFC 9110, section 7.8).
 
-    def _reply(self, exchange: Exchange, status: int, said: Said, content: bytes) -> None:
-        exchange.response_complete = True
-        if self.transport.is_closing():
-            return
-        lines = [STATUS_LINE[status]]
-        for name, value in self.server_state.default_headers:
-            lines.append(b"%b: %b\r\n" % (name, value))
-        for name, value in said:
-            lines.append(b"%b: %b\r\n" % (name, value))
-        lines.append(b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n")
-        if len(content) <= _JOINED_BYTES:
-            lines.append(content)
-            self.transport.write(b"".join(lines))
-        else:
-            self.transport.writelines([b"".join(lines), content])
-        if not exchange.keep_alive:
-            self.transport.close()
-        self.on_response_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(BadRequest(f"the request is not valid HTTP/1.1: {msg.rstrip('.')}"))
-        self.transport.close()
-
-    def _refuse(self, error: RequestError) -> None:
-        """What is not even a request is answered as every error is."""
-        content = error_body(error)
-        said = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content)
-        self.transport.write(STATUS_LINE[error.status] + said + content)
+    The parser would stop at it and lose the body. Java's HTTP client asks for HTTP/2 that way with every first request.
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
