@@ -29,6 +29,8 @@ TICK_S = 1.0
 """How often the date header and late clients are looked after; uvicorn's own tenth of a second keeps an idle process
 from sleeping."""
 
+LISTEN_BACKLOG = 2048  # uvicorn's own default
+
 TAKES_AT_ONCE = 64
 SHARED_TAKES_AT_ONCE = 4
 """Where other processes take from the same socket: few, so that those share what comes at one moment."""
@@ -94,6 +96,7 @@ class Server(uvicorn.Server):
         await super().startup([])
         if not self.started:  # the application did not start
             return
+        self._listening.listen(LISTEN_BACKLOG)
         self._listening.setblocking(False)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._listening, self._take)

@@ -6,6 +6,7 @@ The prediction routes are plain ASGI, so FastAPI does not know them; their schem
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from service.errors import (
     DeadlineExceeded,
     Forbidden,
     Internal,
+    NeedsBinary,
     NotFound,
     NotReady,
     RequestError,
@@ -130,19 +132,23 @@ def _with_binary(operation: Schema) -> Schema:
 def _operation(
     live: Live, parse: Parse, example: Schema, *, operation_id: str, tag: str, summary: str, schemas: tuple[str, str]
 ) -> Schema:
-    """An operation whose examples are a request and the answer that this model really gives to it."""
-    request = parse(live, orjson.dumps(example), None)
-    answer = orjson.loads(request.render(live.admitted.runtime.run(request.accepted.tensors))[0])
+    """An operation whose examples are a request and the answer that this model really gives to it, if JSON can hold
+    them."""
+    asked, answered = {}, {}
+    with suppress(NeedsBinary):
+        request = parse(live, orjson.dumps(example), None)
+        answer = orjson.loads(request.render(live.admitted.runtime.run(request.accepted.tensors))[0])
+        asked, answered = {"example": example}, {"example": answer}
     asks, answers = ({"$ref": f"#/components/schemas/{name}"} for name in schemas)
     return {
         "operationId": operation_id,
         "tags": [tag],
         "summary": summary,
-        "requestBody": {"required": True, "content": {"application/json": {"schema": asks, "example": example}}},
+        "requestBody": {"required": True, "content": {"application/json": {"schema": asks, **asked}}},
         "responses": {
             "200": {
                 "description": "The answer.",
-                "content": {"application/json": {"schema": answers, "example": answer}},
+                "content": {"application/json": {"schema": answers, **answered}},
             },
             **ERROR_RESPONSES,
         },

@@ -68,7 +68,8 @@ def _call(repository: Repository, address: str) -> str:
         body = orjson.dumps(live.admitted.signature.example()).decode()
     else:
         path = f"/v2/models/{live.name}/infer"
-        if any(spec.datatype == "FP16" for spec in live.admitted.signature.inputs):
+        signature = live.admitted.signature
+        if any(spec.datatype == "FP16" for spec in (*signature.inputs, *signature.outputs)):
             return _binary_call(live, address + path)
         body = orjson.dumps(infer_example(live)).decode()
         if len(body) > LONGEST_CALL and all(spec.datatype != "BYTES" for spec in live.admitted.signature.inputs):

@@ -13,8 +13,6 @@ from pathlib import Path
 from service.errors import Refused
 from service.settings import Settings
 
-LISTEN_BACKLOG = 2048  # uvicorn's own default
-
 
 def serve(path: Path, settings: Settings) -> None:
     """Serve what is at `path` until SIGINT or SIGTERM.
@@ -44,7 +42,8 @@ def _allow_descriptors() -> None:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A bound socket, taken before any model is loaded: a wrong port is said at once."""
+    """A bound socket, taken before any model is loaded: a wrong port is said at once. Nobody can connect to it until
+    there is somebody to answer."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -55,7 +54,6 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-        listening.listen(LISTEN_BACKLOG)
     except OSError as error:
         listening.close()
         hint = {

@@ -44,6 +44,9 @@ MISSING_INDEX = 0
 
 _NUMBERS = frozenset({int, float})  # a boolean is another type than either
 
+MOST_UNKNOWN = 10
+"""For so many features that the model does not have another name is suggested, which takes a while."""
+
 ECHO_LENGTH = 200
 """The most characters of an unknown category that go back to the caller."""
 
@@ -278,24 +281,20 @@ class SampleReader:
             except RequestError as fault:
                 faults.append(fault)
         if len(sample) > len(self._names) - len(faults):
-            faults.extend(self._unknown(sample))
+            unknown = [name for name in sample if name not in self._names]
+            faults.extend(self._unknown(name) for name in unknown[:MOST_UNKNOWN])
+            if len(unknown) > MOST_UNKNOWN:
+                faults.append(BadRequest(f"{len(unknown) - MOST_UNKNOWN} more features that the model does not have"))
         if faults:
             raise faults[0] if len(faults) == 1 else SeveralFaults(faults)
         return self._accepted(
             np.array(continuous, dtype=np.float32), np.array(categorical, dtype=np.int64), served_as_missing
         )
 
-    def _unknown(self, sample: dict[str, object]) -> list[RequestError]:
+    def _unknown(self, name: str) -> UnknownFeature:
         features = [feature.name for feature in self._features]
-        return [
-            UnknownFeature(
-                feature=name,
-                similar=next(iter(difflib.get_close_matches(name[:200], features, n=1)), None),
-                features=features,
-            )
-            for name in sample
-            if name not in self._names
-        ]
+        similar = next(iter(difflib.get_close_matches(name[:200], features, n=1)), None)
+        return UnknownFeature(feature=name, similar=similar, features=features)
 
 
 def _number(feature: ContinuousFeature, value: object) -> float:

@@ -220,6 +220,8 @@ def _tensors(signature: Signature, inputs: object, blobs: _Blobs) -> dict[str, N
     specs = {spec.name: spec for spec in signature.inputs}
     if type(inputs) is not list:
         raise WrongType(what="'inputs'", got=inputs, want="a list of tensors")
+    if len(inputs) > len(specs) + _MOST_NAMED:
+        raise BadRequest(f"'inputs' has {len(inputs)} tensors; the model takes {len(specs)}")
     tensors: dict[str, NDArray[Any]] = {}
     for position, tensor in enumerate(inputs):
         if type(tensor) is not dict:
@@ -274,6 +276,8 @@ def _accepted(signature: Signature, tensors: Mapping[str, NDArray[Any]]) -> tupl
 def _requested(signature: Signature, outputs: object, binary_by_default: bool | None) -> tuple[Wanted, ...]:
     if outputs is None:
         wanted = _all_outputs(signature, binary=bool(binary_by_default))
+    elif type(outputs) is list and len(outputs) > len(signature.outputs) + _MOST_NAMED:
+        raise BadRequest(f"'outputs' has {len(outputs)} objects; the model has {len(signature.outputs)} outputs")
     elif type(outputs) is list:
         wanted = tuple(_one_requested(signature, i, output, binary_by_default) for i, output in enumerate(outputs))
     else:
@@ -311,6 +315,8 @@ def _parameters(owner: Mapping[str, Any], what: str) -> Mapping[str, Any]:
         return _NO_PARAMETERS
     if type(parameters) is not dict:
         raise WrongType(what=f"'parameters' of {what}", got=parameters, want="an object")
+    if len(parameters) > _MOST_PARAMETERS:
+        raise BadRequest(f"'parameters' of {what} has {len(parameters)} entries; it takes {_MOST_PARAMETERS}")
     for name, value in parameters.items():
         if type(value) not in (str, int, float, bool):
             raise WrongType(what=f"parameter '{name}' of {what}", got=value, want="a string, a number or a boolean")
@@ -377,5 +383,9 @@ def _raw_shape(spec: TensorSpec, size: int) -> tuple[int, ...]:
 
 _NO_PARAMETERS: Mapping[str, Any] = {}
 _NO_BLOBS = memoryview(b"")
+_MOST_NAMED = 10
+"""In a list with so many more tensors than there are, each is looked at, so that the answer can name the one that is
+wrong."""
+_MOST_PARAMETERS = 100
 _INTEGERS = frozenset({int})
 _NUMBERS = frozenset({int, float})
