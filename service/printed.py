@@ -37,7 +37,9 @@ def tell(entry: Entry) -> None:
     say(f"    golden        {golden or 'no golden samples: equality with PyTorch is not known'}")
     sizes = live.batching.independence.batch_sizes
     tried = f"every size up to {sizes[-1]}" if len(sizes) > 1 else f"batches of {sizes[0]}"
-    say(f"    independence  {live.batching.independence.kind}{bound}, in {tried}")
+    open_ended = any(-1 in spec.shape[1:] for spec in admitted.signature.inputs)
+    where = ", for rows as long as those tried; requests do not share batches" if open_ended else ""
+    say(f"    independence  {live.batching.independence.kind}{bound}, in {tried}{where}")
 
 
 def announcement(repository: Repository, host: str, port: int, *, workers: int) -> str:
