@@ -18,7 +18,7 @@ def loaded(path: Path, settings: Settings) -> Repository:
         WrongCall: there is nothing to serve at `path`.
         Refused: the device cannot be had, or no model was admitted.
     """
-    find(path)  # a wrong path is said before anything is begun
+    find(path, settings.name)  # a wrong path is said before anything is begun
     placement = placed(settings)
     say(f"models run on {placement.provider} ({placement.why})")
     repository = load(path, placement, settings, tell=tell)

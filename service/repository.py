@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, final
 
 from service import bundle as bundles
 from service.admission import Admitted, admit
-from service.bundle import MODEL_FILE, NAME_PATTERN, Bundle
+from service.bundle import MODEL_FILE, NAME_PATTERN, Bundle, checked_name
 from service.canary import Canary
 from service.coalescing import Coalescer
 from service.errors import (
@@ -79,12 +79,29 @@ class Entry:
     live: Live | None = None
 
 
-def find(path: Path) -> list[Found]:
+def find(path: Path, name: str = "") -> list[Found]:
     """All versions under a repository (NAME/VERSION/), a model (VERSION/), a bundle, or a plain ONNX file.
 
+    Args:
+        name: what the one model there is called, whatever its folder or file is called; empty keeps that. A bundle
+            whose own folder is no number is then version 1.
+
     Raises:
-        WrongCall: nothing is there, or nothing that could be a model.
+        WrongCall: nothing is there, or nothing that could be a model, or several models for one name.
     """
+    found = _found(path)
+    if not name:
+        return found
+    checked_name(name)
+    if len(names := {version.name for version in found}) > 1:
+        raise WrongCall(
+            f"--name '{name}' is for one model, and '{path}' holds {listing(sorted(names))}; give the path of one"
+        )
+    bare = (path / MODEL_FILE).is_file() and not path.resolve().name.isdecimal()
+    return [replace(version, name=name, version="1" if bare else version.version) for version in found]
+
+
+def _found(path: Path) -> list[Found]:
     if path.is_file():
         plain = bundles.plain_name(path)
         return [Found(name=plain, version="1", path=path)]
@@ -97,6 +114,8 @@ def find(path: Path) -> list[Found]:
         return found
     if found := [version for model in _folders(path) for version in _versions(model)]:
         return found
+    if len(files := sorted(path.glob("*.onnx"))) == 1:
+        return _found(files[0])
     raise WrongCall(
         f"'{path}' holds no models; it should hold NAME/VERSION/{MODEL_FILE}. `evalmode export` writes such a folder"
     )
@@ -138,7 +157,7 @@ class Repository:
             UnknownModel: nothing of that name is there.
         """
         try:
-            there = find(self._path)
+            there = find(self._path, self._settings.name)
         except WrongCall:  # nothing is left there
             there = []
         found = [version for version in there if version.name == name]
@@ -219,14 +238,20 @@ def load(
     Raises:
         WrongCall: there is nothing that could be a model.
     """
-    return Repository(_newest(find(path), placement, settings, tell), path=path, placement=placement, settings=settings)
+    return Repository(
+        _newest(find(path, settings.name), placement, settings, tell), path=path, placement=placement, settings=settings
+    )
 
 
 def load_these(
     path: Path, placement: Placement, settings: Settings, versions: Collection[tuple[str, str]]
 ) -> list[Entry]:
     """Admit these versions, by name and version, and no others; one that is not there is left out."""
-    return [_load(found, placement, settings) for found in find(path) if (found.name, found.version) in versions]
+    return [
+        _load(found, placement, settings)
+        for found in find(path, settings.name)
+        if (found.name, found.version) in versions
+    ]
 
 
 def _newest(

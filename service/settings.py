@@ -23,6 +23,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="EVALMODE_", frozen=True)
 
     models: Path = Field(default=Path("models"), description="What to serve when no PATH is given.")
+    name: str = Field(default="", description="What the one model at PATH is called; by default as its folder or file.")
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 is every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: Device = Field(default="auto", description="Where models run; 'auto' takes a usable GPU if there is one.")

@@ -31,6 +31,42 @@ def test_a_repository_a_model_a_bundle_and_a_file_are_found(tmp_path: Path) -> N
     assert loaded(file).only().name == "my_net"
 
 
+@pytest.mark.parametrize("put", ["a plain file", "a file of any name", "a bundle", "versions", "a repository"])
+def test_one_model_is_served_under_the_name_it_is_given(tmp_path: Path, put: str) -> None:
+    """However it was laid into the folder: a platform that downloads models names them by itself."""
+    mounted = tmp_path / "models"
+    match put:
+        case "a plain file" | "a file of any name":
+            mounted.mkdir()
+            onnx.save(graphs.batchnorm_model(), mounted / ("model.onnx" if put == "a plain file" else "net-v3.onnx"))
+        case "a bundle":
+            shutil.copytree(write_table_bundle(tmp_path / "made", name="credit", version="7"), mounted)
+        case "versions":
+            shutil.copytree(write_table_bundle(tmp_path / "made", name="credit", version="7").parent, mounted)
+        case "a repository":
+            write_table_bundle(mounted, name="credit", version="7")
+    named = load(mounted, place("cpu"), Settings(threads=1, max_batch_rows=8, name="judge"))
+    assert [live.name for live in named.models] == ["judge"]
+    assert named.live("judge", "7" if put in ("versions", "a repository") else "1") is named.only()
+    assert [entry.name for entry in named.admit("judge")] == ["judge"]
+
+
+def test_a_name_is_for_one_model(tmp_path: Path) -> None:
+    for name in ("credit", "fraud"):
+        write_table_bundle(tmp_path, name=name)
+    with pytest.raises(WrongCall, match="--name 'judge' is for one model, and '.*' holds 'credit', 'fraud'"):
+        find(tmp_path, "judge")
+    with pytest.raises(WrongCall, match=r"'\.\./x' cannot be a model's name"):
+        find(tmp_path / "credit", "../x")
+
+
+def test_which_of_several_files_is_meant_is_not_guessed(tmp_path: Path) -> None:
+    for name in ("a.onnx", "b.onnx"):
+        onnx.save(graphs.batchnorm_model(), tmp_path / name)
+    with pytest.raises(WrongCall, match="holds no models"):
+        find(tmp_path)
+
+
 @pytest.mark.parametrize(("make", "sentence"), [(False, "there is nothing at"), (True, "holds no models")])
 def test_nothing_to_serve_is_a_sentence(tmp_path: Path, make: bool, sentence: str) -> None:
     path = tmp_path / "models"
