@@ -22,14 +22,13 @@ def serve_alone(path: Path, settings: Settings, listening: socket.socket) -> Non
     """
     repository = loaded(path, settings)
     said = announcement(repository, *listening.getsockname()[:2], workers=1)
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn drains, then raises the signal once more for the handler that was there before its own: exit 0
-        signal.signal(signum, lambda *_: None)
-    app = create_app(repository, settings)
     server = Server(
-        app,
+        create_app(repository, settings),
         lambda: say(said),
         shutdown_delay_s=settings.shutdown_delay_s,
         max_connections=settings.max_connections,
     )
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        # also before uvicorn has its own; it raises the signal once more for this one when it has drained: exit 0
+        signal.signal(signum, server.handle_exit)
     server.run(sockets=[listening])

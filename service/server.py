@@ -1,4 +1,9 @@
-"""`evalmode serve`: a socket is bound, and one process or several serve on it until a signal comes."""
+"""`evalmode serve`: a socket is bound, and one process or several serve on it until a signal comes.
+
+Rule 1: SIGTERM is answered from the start. The kernel keeps from process 1, which the service is in a container, every
+    signal that it has no handler for: without one, an end that is wished for while models load would be waited for in
+    vain, and come as a kill.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,9 @@ import asyncio
 import errno
 import logging
 import resource
+import signal
 import socket
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +28,7 @@ def serve(path: Path, settings: Settings) -> None:
         WrongCall: there is nothing to serve at `path`.
         Refused: the port is taken, the device cannot be had, no model was admitted, or no worker can be started.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to drain
     _allow_descriptors()
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with _listening(settings.host, settings.port) as listening:

@@ -54,7 +54,7 @@ def test_one_model_is_served_under_the_name_it_is_given(tmp_path: Path, put: str
 def test_a_name_is_for_one_model(tmp_path: Path) -> None:
     for name in ("credit", "fraud"):
         write_table_bundle(tmp_path, name=name)
-    with pytest.raises(WrongCall, match="--name 'judge' is for one model, and '.*' holds 'credit', 'fraud'"):
+    with pytest.raises(WrongCall, match=r"--name 'judge' is for one model, and '.*' holds 'credit', 'fraud'"):
         find(tmp_path, "judge")
     with pytest.raises(WrongCall, match=r"'\.\./x' cannot be a model's name"):
         find(tmp_path / "credit", "../x")
