@@ -132,7 +132,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
-        if self._loop is not None:
+        if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._signals.put_nowait, sig)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
