@@ -6,18 +6,17 @@ same optimised graph, the same threads; admission tests exactly this object.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol, final
 
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from service.errors import AdmissionRefused, DeviceUnavailable, RowsRejected, WrongCall, first_line
+from service.limits import usable_cpus
 from service.numerics import made_up_rows
 from service.settings import Device
 from service.signature import Datatype, TensorSpec
@@ -255,16 +254,6 @@ def _session(model: bytes, placement: Placement, threads: int, optimisation: Opt
         )
     except Exception as error:  # onnxruntime raises a class of its own for each status
         raise AdmissionRefused("structure", f"onnxruntime cannot load it: {first_line(error)}") from error
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may use: its affinity mask, and the cgroup's quota where there is one, at least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return allowed
-    return allowed if quota == "max" else max(1, min(allowed, math.ceil(int(quota) / int(period))))
 
 
 def _session_options(threads: int) -> onnxruntime.SessionOptions:

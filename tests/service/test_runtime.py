@@ -11,7 +11,8 @@ import onnx
 import pytest
 
 from service.errors import AdmissionRefused, RowsRejected
-from service.runtime import CPU_PROVIDER, CUDA_PROVIDER, OnnxRuntime, Placement, place, usable_cpus
+from service.limits import usable_cpus
+from service.runtime import CPU_PROVIDER, CUDA_PROVIDER, OnnxRuntime, Placement, place
 from tests import graphs
 
 has_gpu = place("auto").provider == CUDA_PROVIDER
