@@ -126,12 +126,16 @@ def confine() -> Iterator[Confine]:
         running.append(process)
         return Confined(process=process)
 
-    limit = threading.Timer(45, lambda: [process.kill() for process in running])
+    def kill() -> None:
+        for process in running:
+            process.kill()
+
+    limit = threading.Timer(45, kill)  # whoever waits for a line then sees the end of its output
     limit.start()
     yield start
     limit.cancel()
+    kill()
     for process in running:
-        process.kill()
         process.wait(timeout=10)
         assert process.stdout is not None
         process.stdout.close()
