@@ -74,7 +74,8 @@ class Confined:
 
     def address(self) -> str:
         said = self.said_until("curl http")
-        return re.findall(r"serving at +(http://\S+)", said)[0]
+        (address,) = re.findall(r"serving at +(http://\S+)", said)
+        return str(address)
 
     def end(self) -> int:
         os.kill(self.pid(), signal.SIGTERM)
@@ -118,7 +119,7 @@ def confine() -> Iterator[Confine]:
         process = subprocess.Popen(
             [*NAMESPACES, "sh", "-c", READ_ONLY, "sh", str(ROOT), *serve],
             cwd=ROOT,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},  # as the image has it
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "EVALMODE_SHUTDOWN_DELAY_S": "0"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
