@@ -144,11 +144,11 @@ def confine() -> Iterator[Confine]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_it_serves_where_nothing_can_be_written(confine: Confine, tmp_path: Path, workers: int) -> None:
-    """It predicts, shows its page, answers SIGTERM as process 1, and leaves nothing behind."""
+    """Under the name that KServe gives it, it predicts, shows its page, and ends with 0; nothing is left behind."""
     write_table_bundle(tmp_path, name="table")
-    confined = confine(tmp_path, "--workers", str(workers))
+    confined = confine(tmp_path, "--workers", str(workers), "--name=judge")
     address = confined.address()
-    assert "label" in httpx.post(f"{address}/predict", json=SAMPLE).json()
+    assert httpx.post(f"{address}/models/judge/predict", json=SAMPLE).json()["model"] == "judge"
     large = httpx.post(f"{address}/predict", content=b" " * 5_000_000 + b"{}")
     assert large.status_code == 400
     assert httpx.get(f"{address}/docs").status_code == 200
