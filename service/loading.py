@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from service.cpus import usable_cpus
 from service.errors import Refused
-from service.limits import usable_cpus
 from service.printed import say, tell
 from service.repository import Repository, find, load
 from service.runtime import Placement, place

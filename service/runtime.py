@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol, final
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from service.cpus import usable_cpus
 from service.errors import AdmissionRefused, DeviceUnavailable, RowsRejected, WrongCall, first_line
-from service.limits import usable_cpus
 from service.numerics import made_up_rows
 from service.settings import Device
 from service.signature import Datatype, TensorSpec

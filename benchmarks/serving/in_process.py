@@ -7,7 +7,7 @@ import time
 
 from benchmarks.serving.peers.shared.network import Network
 from benchmarks.serving.workloads import Workload, tensors
-from service.limits import usable_cpus
+from service.cpus import usable_cpus
 
 WARM_UP_RUNS = 20
 

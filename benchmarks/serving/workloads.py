@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from benchmarks.serving import networks
 from benchmarks.serving.peers.shared.network import Network, Tensors
 from benchmarks.serving.wire import Request, Wire, request
-from service.limits import usable_cpus
+from service.cpus import usable_cpus
 
 ROOT = Path(__file__).parents[2]
 CREDIT = ROOT / "models" / "credit"

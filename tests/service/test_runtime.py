@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 
+from service.cpus import usable_cpus
 from service.errors import AdmissionRefused, RowsRejected
-from service.limits import usable_cpus
 from service.runtime import CPU_PROVIDER, CUDA_PROVIDER, OnnxRuntime, Placement, place
 from tests import graphs
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from service import limits
-from service.limits import usable_cpus
+from service import cpus
+from service.cpus import usable_cpus
 
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with eight CPUs and no limits yet."""
-    monkeypatch.setattr(limits, "GROUPS", tmp_path)
-    monkeypatch.setattr(limits, "OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(cpus, "GROUPS", tmp_path)
+    monkeypatch.setattr(cpus, "OWN_GROUP", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     (tmp_path / "own").write_text("0::/\n")
     return tmp_path
@@ -27,7 +27,7 @@ def limit(group: Path, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "cpus"),
+    ("said", "count"),
     [
         ("max 100000\n", 8),
         ("200000 100000\n", 2),
@@ -37,10 +37,10 @@ def limit(group: Path, said: str) -> None:
         ("nonsense", 8),
     ],
 )
-def test_the_quota_of_a_container(groups: Path, said: str, cpus: int) -> None:
+def test_the_quota_of_a_container(groups: Path, said: str, count: int) -> None:
     """A part of a CPU is one thread; more than there is changes nothing."""
     limit(groups, said)
-    assert usable_cpus() == cpus
+    assert usable_cpus() == count
 
 
 @pytest.mark.parametrize(("own", "above"), [("max 100000", "300000 100000"), ("300000 100000", "500000 100000")])
@@ -59,9 +59,9 @@ def test_groups_that_are_out_of_sight_limit_nothing(groups: Path) -> None:
     assert usable_cpus() == 8
 
 
-@pytest.mark.parametrize(("quota_us", "cpus"), [("-1", 8), ("250000", 3)])
-def test_version_1_of_control_groups(groups: Path, quota_us: str, cpus: int) -> None:
+@pytest.mark.parametrize(("quota_us", "count"), [("-1", 8), ("250000", 3)])
+def test_version_1_of_control_groups(groups: Path, quota_us: str, count: int) -> None:
     (groups / "cpu").mkdir()
     (groups / "cpu" / "cpu.cfs_quota_us").write_text(quota_us)
     (groups / "cpu" / "cpu.cfs_period_us").write_text("100000")
-    assert usable_cpus() == cpus
+    assert usable_cpus() == count
