@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from service.errors import Refused
+from service.places import find
 from service.printed import say, tell
-from service.repository import Repository, find, load
+from service.repository import Repository, load
 from service.runtime import Placement, place, usable_cpus
 from service.settings import Settings
 

@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 from service.errors import NotReady, UnknownVersion, WrongCall
-from service.repository import Entry, Repository, find, load
+from service.places import find
+from service.repository import Entry, Repository, load
 from service.runtime import place
 from service.settings import Settings
 from tests import graphs
