@@ -13,6 +13,7 @@ Rule 5: no clock is compared with a file's: its time is a mark that is the same 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import stat
 import threading

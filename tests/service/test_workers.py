@@ -316,6 +316,7 @@ class FakeWorker:
     def __init__(self) -> None:
         self.served: list[Verdict] = []
         self.disk: Sequence[Verdict] | EvalmodeError = [ready("1")]
+        self.aliases: dict[str, dict[str, str]] = {}
         self.requests = 0
         self.heard: list[str] = []
         self.at: dict[str, Callable[[], Awaitable[None]]] = {}
@@ -335,12 +336,17 @@ class FakeWorker:
             case "prepare":
                 wanted = facts["verdicts"]
                 self.served = list(self.found()) if wanted is None else [Verdict(**one) for one in wanted]
-                return {"verdicts": self.served}
+                self.aliases = facts["aliases"] or {}
+                return {"verdicts": self.served, "aliases": self.aliases}
             case "admit":
                 return self.found()
             case "settle":
-                if facts["verdicts"]:
+                if facts["verdicts"] is not None:
                     self.served = list(settled(self.served, [Verdict(**one) for one in facts["verdicts"]]))
+                return []
+            case "take_aliases":
+                self.aliases = {facts["model"]: facts["aliases"]}
+                return True
             case "unload":
                 self.served = [refused("1", "unloaded by request")]
                 return self.served
