@@ -10,12 +10,12 @@ Rule 4: what is live goes on while something better is looked for, when that is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, final
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from service import aliases as aliasing
 from service import bundle as bundles
@@ -34,6 +34,7 @@ from service.errors import (
     first_line,
     listing,
 )
+from service.memory import give_back_soon
 from service.places import Found, find, version_order
 from service.policy import Rule, parse
 from service.rehearsal import Batching, rehearse
@@ -171,7 +172,9 @@ class Repository:
             del self._entries[name]
         self._assign(name)
         now = {entry.live for entry in entries}
-        self._replaced.update(entry.live for entry in before if entry.live is not None and entry.live not in now)
+        self._let_go(entry.live for entry in before if entry.live is not None and entry.live not in now)
+        if before:  # not at the start
+            give_back_soon()
         return [entry.version for entry in before if entry.live is not None and entry.live in now]
 
     def unload(self, name: str) -> None:
@@ -187,7 +190,7 @@ class Repository:
             Entry(name=name, version=live.version, state="UNAVAILABLE", reason=UNLOADED) for live in lives
         )
         self._assign(name)
-        self._replaced.update(lives)
+        self._let_go(lives)
 
     def aliases(self, name: str) -> Aliases:
         """
@@ -274,6 +277,11 @@ class Repository:
             self._live[name] = by_version[default]
         else:
             self._live.pop(name, None)
+
+    def _let_go(self, lives: Iterable[Live]) -> None:
+        for live in lives:
+            self._replaced.add(live)
+            finalize(live, give_back_soon).atexit = False
 
     def _not_served(self, name: str, version: str | None) -> NotFound | NotReady:
         entries = self._entries.get(name)
