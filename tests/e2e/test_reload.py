@@ -89,9 +89,7 @@ def resident_mb(pids: set[int]) -> float:
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(
-    "reloads", [pytest.param(5, id="short"), pytest.param(30, id="long", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("reloads", [pytest.param(5, id="short"), pytest.param(30, id="long", marks=pytest.mark.slow)])
 def test_no_request_notices_a_reload(serve: Serve, tmp_path: Path, workers: int, reloads: int) -> None:
     """No failure, no answer of two versions, and the memory is back: within 5 % of what it was after a first reload."""
     put(tmp_path, 1)
