@@ -9,7 +9,7 @@ from typing import Protocol, final
 from service import aliases
 from service.policy import refusal
 from service.repository import Repository
-from service.statistics import Document
+from service.statistics import Document, summed
 
 
 class Crew(Protocol):
@@ -86,4 +86,5 @@ class Alone:
             self._repository.unload(model)
 
     async def statistics(self) -> list[Document]:
-        return [live.statistics.document(name=live.name, version=live.version) for live in self._repository.lives]
+        lives = self._repository.lives
+        return summed(live.statistics.document(name=live.name, version=live.version) for live in lives)

@@ -109,8 +109,7 @@ def test_one_model_that_cannot_be_read_hides_no_other(tmp_path: Path, monkeypatc
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    # asked of `look` at a repository only: it first tries whether the folder is a model itself
-    monkeypatch.setattr(watching.os, "scandir", refusing)
+    monkeypatch.setattr(os, "scandir", refusing)
     found = look(tmp_path)
     assert (list(found.versions), dict(found.unreadable)) == ([("open", "1")], {"closed": "Permission denied"})
 
