@@ -19,7 +19,7 @@ import pytest
 
 from tests import graphs
 from tests.conftest import Serve
-from tests.e2e.test_workers import children, until
+from tests.e2e.test_workers import ask, children, everywhere, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not Path("/proc").exists(), reason="reads memory from /proc")]
 
@@ -129,3 +129,25 @@ def test_no_request_notices_a_reload(serve: Serve, tmp_path: Path, workers: int,
     assert clients.wrong == []
     assert set(clients.versions) == set(range(1, 4 + reloads))
     assert after_mb < warm_mb * 1.05
+
+
+def test_an_alias_moves_in_all_workers_at_once(serve: Serve, tmp_path: Path) -> None:
+    """And is there again after a restart."""
+    put(tmp_path, 1)
+    put(tmp_path, 2)
+    flags = ("--workers", "2", "--versions", "latest:2")
+    serving = serve(tmp_path, *flags)
+
+    def answered_by(version: str) -> set[str]:
+        path = f"/v2/models/norm{version}"
+        return {answer.json()["evalmode"]["version"] for answer in everywhere(serving, "GET", path)}
+
+    assert (answered_by(""), answered_by("/versions/1")) == ({"2"}, {"1"})
+    path = "/v2/repository/models/norm/aliases/stable"
+    refused = ask(serving, "PUT", path, {"version": "3"})
+    assert (refused.status_code, refused.json()["code"]) == (404, "unknown_version")
+    assert ask(serving, "PUT", path, {"version": "1"}).json()["survives_restart"] is True
+    assert (answered_by(""), answered_by("/versions/stable"), answered_by("/versions/2")) == ({"1"}, {"1"}, {"2"})
+    assert serving.stop() == 0
+    serving = serve(tmp_path, *flags)
+    assert answered_by("") == {"1"}
