@@ -327,6 +327,9 @@ def load(
             return [entry]
 
         entries += _wanted({*there, *rule.names, *held}, rule, held, look)
+    if unknown := sorted(policy.by_model.keys() - aliases.keys()):
+        there_are = listing(aliases)
+        _log.warning("--versions names models that are not there: %s; there are: %s", listing(unknown), there_are)
     return Repository(entries, path=path, placement=placement, settings=settings, aliases=aliases)
 
 

@@ -20,6 +20,7 @@ from service.runtime import place
 from service.settings import Settings
 from service.signature import Accepted
 from tests import graphs
+from tests.asking import ask
 from tests.bundles import golden_rows, write_table_bundle
 
 
@@ -121,6 +122,24 @@ def test_as_many_are_live_as_the_policy_says(tmp_path: Path) -> None:
         ["1", "2"],
         {"7": "UNAVAILABLE", "2": "READY", "1": "READY"},
     )
+
+
+def test_a_policy_for_a_model_that_is_not_there_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It may be a slip, and then another version is served than was meant."""
+    write_table_bundle(tmp_path, name="credit")
+    assert versions_of(tmp_path, "credt=3")[0] == ["1"]
+    assert "--versions names models that are not there: 'credt'; there are: 'credit'" in caplog.text
+
+
+def test_the_documentation_holds_no_session(tmp_path: Path) -> None:
+    """It has each model's types, and is made anew for others."""
+    write_table_bundle(tmp_path, name="credit")
+    repository = loaded(tmp_path)
+    assert ask(repository, "GET", "/openapi.json").status_code == 200
+    old = ref(repository.live("credit"))
+    repository.swap("credit", repository.admit("credit"))
+    gc.collect()
+    assert old() is None
 
 
 def test_of_several_versions_only_what_changed_is_admitted_anew(tmp_path: Path) -> None:
