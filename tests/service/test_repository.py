@@ -198,3 +198,14 @@ def test_what_was_replaced_answers_and_is_let_go(tmp_path: Path) -> None:
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+def test_what_workers_refused_together_leaves_what_is_served(tmp_path: Path) -> None:
+    """Nothing that one of them admitted is among what they agreed on."""
+    write_table_bundle(tmp_path, name="credit")
+    repository = loaded(tmp_path)
+    serving = repository.live("credit")
+    torn = Entry(name="credit", version="2", state="UNAVAILABLE", reason="not admitted: its files changed")
+    assert repository.swap("credit", (torn,)) == ["1"]
+    assert repository.live("credit") is serving
+    assert [(entry.version, entry.state) for entry in repository.entries] == [("2", "UNAVAILABLE"), ("1", "READY")]
