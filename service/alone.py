@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from pathlib import Path
 
 from service.app import create_app
+from service.crew import Alone
 from service.http_server import Server
 from service.loading import loaded
 from service.printed import announcement, say
 from service.settings import Settings
+from service.watching import Watcher
 
 
 def serve_alone(path: Path, settings: Settings, listening: socket.socket) -> None:
@@ -20,11 +23,19 @@ def serve_alone(path: Path, settings: Settings, listening: socket.socket) -> Non
         WrongCall: there is nothing to serve at `path`.
         Refused: the device cannot be had, or no model was admitted.
     """
+    watcher = Watcher(path, every_s=settings.reload_s, called=settings.name)
     repository = loaded(path, settings)
     said = announcement(repository, *listening.getsockname()[:2], workers=1)
+    crew = Alone(repository)
+    watching: list[asyncio.Task[None]] = []
+
+    def begin() -> None:
+        watching.append(asyncio.create_task(watcher.run(crew.load)))
+        say(said)
+
     server = Server(
-        create_app(repository, settings),
-        lambda: say(said),
+        create_app(repository, settings, crew),
+        begin,
         shutdown_delay_s=settings.shutdown_delay_s,
         max_connections=settings.max_connections,
     )

@@ -6,6 +6,7 @@ from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -86,14 +87,14 @@ def _add_documentation(app: FastAPI, repository: Repository) -> None:
     def front() -> RedirectResponse:
         return RedirectResponse("/docs")
 
-    documented: tuple[Live, ...] | None = None
+    documented: list[ref[Live]] | None = None  # what was replaced is not held on to
 
     def document() -> dict[str, Any]:
         nonlocal documented
-        if app.openapi_schema is None or documented != repository.models:
+        if app.openapi_schema is None or documented != list(map(ref, repository.models)):
             own = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            documented = repository.models
-            app.openapi_schema = openapi.with_models(own, documented)
+            documented = list(map(ref, repository.models))
+            app.openapi_schema = openapi.with_models(own, repository.models)
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # the way FastAPI documents for extending it
@@ -129,12 +130,13 @@ def _add_metadata(app: FastAPI, repository: Repository) -> None:
     @app.get("/v2/models/{model}", tags=tags, responses=openapi.responses(NotFound, NotReady))
     @app.get("/v2/models/{model}/versions/{version}", tags=tags, responses=openapi.responses(NotFound, NotReady))
     async def model_metadata(model: str, version: str | None = None) -> dict[str, object]:
-        return documents.metadata(repository.live(model, version))
+        live = repository.live(model, version)
+        return documents.metadata(live, repository.versions(model), repository.aliases(model))
 
     @app.get("/v2/models/{model}/config", tags=tags, responses=openapi.responses(NotFound, NotReady))
     @app.get("/v2/models/{model}/versions/{version}/config", tags=tags, responses=openapi.responses(NotFound, NotReady))
     async def model_config(model: str, version: str | None = None) -> dict[str, object]:
-        return documents.config(repository.live(model, version))
+        return documents.config(repository.live(model, version), repository.versions(model))
 
 
 def _add_statistics(app: FastAPI, repository: Repository, crew: Crew) -> None:
@@ -149,7 +151,8 @@ def _add_statistics(app: FastAPI, repository: Repository, crew: Crew) -> None:
     async def model_statistics(model: str, version: str | None = None) -> dict[str, list[Document]]:
         live = repository.live(model, version)
         entries = await crew.statistics()
-        return {"model_stats": [one for one in entries if (one["name"], one["version"]) == (live.name, live.version)]}
+        wanted = repository.versions(model) if version is None else [live.version]
+        return {"model_stats": [one for one in entries if one["name"] == live.name and one["version"] in wanted]}
 
 
 async def _own_error(_: Request, error: Exception) -> Response:

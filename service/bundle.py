@@ -11,7 +11,6 @@ The folder is also a version folder of a Triton repository, and `test_data_set_0
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +23,17 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from service.errors import AdmissionRefused, WrongCall
+from service.errors import AdmissionRefused
 from service.files import whole_folder
 from service.graph import external
+from service.places import MODEL_FILE as MODEL_FILE
+from service.places import checked_name as checked_name
+from service.places import plain_name as plain_name
+from service.places import versions_in as versions_in
 from service.signature import Signature
 
-MODEL_FILE = "model.onnx"
 PASSPORT_FILE = "model.json"
 GOLDEN_FOLDER = "test_data_set_0"
-NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-"""Names and versions: what is safe as a folder and in a URL. No leading dot: those are folders being written."""
 
 
 class _Value(BaseModel):
@@ -160,23 +160,6 @@ def digest(content: bytes) -> FileDigest:
     return FileDigest(sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
 
 
-def version_order(version: str) -> tuple[int, int, str]:
-    """A sort key: integers numerically, and above any other string, which sort as text."""
-    return (1, int(version), "") if version.isdecimal() else (0, 0, version)
-
-
-def versions_in(model_folder: Path) -> list[str]:
-    """The version folders under `models/NAME`, oldest first. Folders that are being written start with a dot."""
-    return sorted(
-        (
-            entry.name
-            for entry in model_folder.iterdir()
-            if NAME_PATTERN.fullmatch(entry.name) and (entry / MODEL_FILE).is_file()
-        ),
-        key=version_order,
-    )
-
-
 def next_version(model_folder: Path) -> str:
     """The integer after the highest one that is there."""
     taken = versions_in(model_folder) if model_folder.is_dir() else []
@@ -210,11 +193,6 @@ def read_plain(file: Path) -> Bundle:
     contents = {MODEL_FILE: _read(file.parent, file.name)}
     _read_weights(file.parent, contents)
     return Bundle(name=plain_name(file), version="1", folder=file.parent, contents=contents, passport=None)
-
-
-def plain_name(file: Path) -> str:
-    """The name under which a plain ONNX file is served: its stem, in the characters that a name may have."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", file.stem).lstrip(".-") or "model"
 
 
 def _read_weights(folder: Path, contents: dict[str, bytes]) -> None:
@@ -278,16 +256,3 @@ def write(
             (beside / path).write_bytes(content)
         (beside / PASSPORT_FILE).write_text(passport.model_dump_json(indent=2) + "\n", encoding="utf-8")
         check(read(beside, name=passport.name, version=passport.version))
-
-
-def checked_name(name: str) -> str:
-    """`name` if it is one a model may have.
-
-    Raises:
-        WrongCall: it is not.
-    """
-    if not NAME_PATTERN.fullmatch(name):
-        raise WrongCall(
-            f"'{name}' cannot be a model's name; use letters, digits, '_', '-' and '.', not starting with '.' or '-'"
-        )
-    return name

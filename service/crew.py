@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from typing import Protocol, final
 
-from service.errors import LoadRefused
+from service import aliases
+from service.policy import refusal
 from service.repository import Repository
-from service.statistics import Document
+from service.statistics import Document, summed
 
 
 class Crew(Protocol):
     """Every worker of this service, the one that asks included."""
 
-    async def load(self, model: str) -> None:
+    async def load(self, model: str, versions: Collection[str] | None = None) -> None:
         """Look at a model's folder again and serve what is admitted of it.
+
+        Args:
+            versions: what changed there; None: somebody asked, see `Repository.admit`.
 
         Raises:
             UnknownModel: nothing of that name is there.
-            LoadRefused: the newest version was not admitted; what was served before goes on.
+            LoadRefused: what was asked for was not admitted; what was served before goes on.
+        """
+        ...
+
+    async def move_alias(self, model: str, alias: str, version: str | None) -> bool:
+        """From now on an alias of a model is this version; None: there is no such alias any more.
+
+        Returns:
+            Whether that will also hold after a restart.
+
+        Raises:
+            UnknownModel, UnknownVersion, UnknownAlias: there is no such model, live version or alias.
+            BadRequest: it cannot be an alias.
         """
         ...
 
@@ -41,18 +58,33 @@ class Alone:
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        self._loading = asyncio.Lock()
+        self._changing = asyncio.Lock()
 
-    async def load(self, model: str) -> None:
-        async with self._loading:
-            entries = await asyncio.to_thread(self._repository.admit, model)
+    async def load(self, model: str, versions: Collection[str] | None = None) -> None:
+        async with self._changing:
+            entries = await asyncio.to_thread(self._repository.admit, model, versions)
             self._repository.swap(model, entries)
-        if entries[0].live is None:
-            raise LoadRefused(model=model, version=entries[0].version, reason=entries[0].reason)
+        if refused := refusal(entries, versions):
+            raise refused
+
+    async def move_alias(self, model: str, alias: str, version: str | None) -> bool:
+        async with self._changing:
+            self._repository.set_aliases(
+                model,
+                aliases.changed(
+                    self._repository.aliases(model),
+                    model=model,
+                    alias=alias,
+                    version=version,
+                    live=self._repository.versions(model),
+                ),
+            )
+            return await asyncio.to_thread(self._repository.keep_aliases, model)
 
     async def unload(self, model: str) -> None:
-        async with self._loading:
+        async with self._changing:
             self._repository.unload(model)
 
     async def statistics(self) -> list[Document]:
-        return [live.statistics.document(name=live.name, version=live.version) for live in self._repository.models]
+        lives = self._repository.lives
+        return summed(live.statistics.document(name=live.name, version=live.version) for live in lives)

@@ -30,7 +30,8 @@ The sentence names what, got, wanted, and what to do. A test compares this drawi
         ├── Forbidden                403 forbidden
         ├── NotFound                 404 not_found
         │   ├── UnknownModel         404 unknown_model
-        │   └── UnknownVersion       404 unknown_version
+        │   ├── UnknownVersion       404 unknown_version
+        │   └── UnknownAlias         404 unknown_alias
         ├── MethodNotAllowed         405 method_not_allowed
         ├── RequestTooSlow           408 request_too_slow
         ├── BodyTooLarge             413 body_too_large
@@ -46,7 +47,7 @@ The sentence names what, got, wanted, and what to do. A test compares this drawi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import ClassVar
 
 
@@ -291,8 +292,19 @@ class UnknownVersion(NotFound):
 
     code = "unknown_version"
 
-    def __init__(self, *, model: str, version: str, serving: str) -> None:
-        super().__init__(f"model '{model}' has no live version '{clipped(version)}'; version '{serving}' is served")
+    def __init__(self, *, model: str, version: str, serving: Collection[str]) -> None:
+        number, verb = ("versions", "are") if len(serving) > 1 else ("version", "is")
+        served = f"{number} {listing(serving)} {verb} served" if serving else "none is served"
+        super().__init__(f"model '{model}' has no live version '{clipped(version)}'; {served}")
+
+
+class UnknownAlias(NotFound):
+    """The model has no such alias."""
+
+    code = "unknown_alias"
+
+    def __init__(self, *, model: str, alias: str, aliases: Iterable[str]) -> None:
+        super().__init__(f"model '{model}' has no alias '{clipped(alias)}'; it has {listing(aliases) or 'none'}")
 
 
 class MethodNotAllowed(RequestError):

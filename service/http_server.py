@@ -24,6 +24,7 @@ import uvicorn
 
 from service.asgi import Application
 from service.connection import Connection
+from service.memory import give_back
 
 TICK_S = 1.0
 """How often the date header and late clients are looked after; uvicorn's own tenth of a second keeps an idle process
@@ -102,6 +103,7 @@ class Server(uvicorn.Server):
         self._loop.add_reader(self._listening, self._take)
         await self.on_tick(0)  # the date header
         gc.collect()
+        give_back()
         gc.freeze()  # what was made until now stays: the collector need not look at it again
         self._when_listening()
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from service.cpus import usable_cpus
 from service.errors import Refused
+from service.places import find
 from service.printed import say, tell
-from service.repository import Repository, find, load
+from service.repository import Repository, load
 from service.runtime import Placement, place
 from service.settings import Settings
 
@@ -19,7 +20,7 @@ def loaded(path: Path, settings: Settings) -> Repository:
         WrongCall: there is nothing to serve at `path`.
         Refused: the device cannot be had, or no model was admitted.
     """
-    find(path, settings.name)  # a wrong path is said before anything is begun
+    find(path, called=settings.name)  # a wrong path is said before anything is begun
     placement = placed(settings)
     say(f"models run on {placement.provider} ({placement.why})")
     repository = load(path, placement, settings, tell=tell)

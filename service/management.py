@@ -48,6 +48,14 @@ class LoadRequest(_Asked):
     parameters: LoadParameters = LoadParameters()
 
 
+class AliasRequest(_Asked):
+    """What an alias is to mean."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: str
+
+
 AskedT = TypeVar("AskedT", bound=_Asked)
 
 
@@ -63,10 +71,9 @@ async def _asked(request: Request, kind: type[AskedT], limit_bytes: int) -> Aske
         if sum(map(len, chunks)) > limit_bytes:
             raise BodyTooLarge(limit_bytes=limit_bytes)
     body = b"".join(chunks)
-    if not body:
-        return kind()
-    value = parsed(body)
-    check_keys(body, value)
+    value = parsed(body) if body else {}
+    if body:
+        check_keys(body, value)
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -119,4 +126,33 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
             raise Forbidden
         await _asked(request, LoadRequest, limit_bytes)
         await crew.unload(model)
+        return Response()
+
+    @app.get(
+        "/v2/repository/models/{model}/aliases",
+        tags=tags,
+        summary="Names for its versions",
+        responses=openapi.responses(NotFound),
+    )
+    async def aliases(model: str) -> dict[str, dict[str, str]]:
+        return {"aliases": dict(repository.aliases(model))}
+
+    @app.put(
+        "/v2/repository/models/{model}/aliases/{alias}",
+        summary="Give a live version a name, or move it there",
+        **{**about, "openapi_extra": _body_of(AliasRequest)},
+    )
+    async def move_alias(model: str, alias: str, request: Request) -> dict[str, str | bool]:
+        if not allowed:
+            raise Forbidden
+        asked = await _asked(request, AliasRequest, limit_bytes)
+        kept = await crew.move_alias(model, alias, asked.version)
+        return {"model": model, "alias": alias, "version": asked.version, "survives_restart": kept}
+
+    @app.delete("/v2/repository/models/{model}/aliases/{alias}", summary="Take a name away", **about)
+    async def remove_alias(model: str, alias: str, request: Request) -> Response:
+        if not allowed:
+            raise Forbidden
+        await _asked(request, LoadRequest, limit_bytes)
+        await crew.move_alias(model, alias, None)
         return Response()

@@ -98,7 +98,7 @@ class Predictions:
 
     def drop_late(self) -> None:
         """Answer those whose time is over; to be called now and then."""
-        for live in self._repository.models:
+        for live in self._repository.answering:
             live.coalescer.drop_late()
 
     def answer(

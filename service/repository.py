@@ -1,22 +1,27 @@
 """Which models and versions are live.
 
 Rule 1: what is live was admitted and rehearsed; a refused version is in the index with its reason, never served.
-Rule 2: one version of a model is live: the newest that was admitted.
-Rule 3: whoever holds a `Live` may finish with it, also after it was replaced or unloaded.
+Rule 2: of each model those versions are live that the settings want (policy.py), and those that an alias names. A
+        request that names none goes to `stable`, or where that is not set to the newest.
+Rule 3: whoever holds a `Live` may finish with it, also after it was replaced or unloaded; then its memory is free.
+Rule 4: what is live goes on while something better is looked for, when that is refused, and when its folder is gone.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, final
+from weakref import WeakSet, finalize
 
+from service import aliases as aliasing
 from service import bundle as bundles
 from service.admission import Admitted, admit
-from service.bundle import MODEL_FILE, NAME_PATTERN, Bundle, checked_name
+from service.aliases import STABLE, Aliases
+from service.bundle import Bundle
 from service.canary import Canary
 from service.coalescing import Coalescer
 from service.errors import (
@@ -29,31 +34,23 @@ from service.errors import (
     first_line,
     listing,
 )
+from service.memory import give_back_soon
+from service.places import Found, find, version_order
+from service.policy import Rule, parse
 from service.rehearsal import Batching, rehearse
 from service.runtime import Placement
 from service.settings import Settings
 from service.signature import SampleReader
 from service.statistics import Statistics
 
+UNLOADED = "unloaded by request"
+GONE = "its folder is gone; it is served from memory until it is replaced or unloaded"
+MISSING = "not found in its folder, but the setting 'versions' or an alias names it"
+
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """A place that may hold a version of a model; not read yet."""
-
-    name: str
-    version: str
-    path: Path
-    """A bundle's folder, or a plain ONNX file."""
-
-    def read(self) -> Bundle:
-        if self.path.is_file():
-            return bundles.read_plain(self.path)
-        return bundles.read(self.path, name=self.name, version=self.version)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Live:
     """An admitted version that answers requests."""
 
@@ -78,105 +75,107 @@ class Entry:
     reason: str = ""
     live: Live | None = None
 
-
-def find(path: Path, name: str = "") -> list[Found]:
-    """All versions under a repository (NAME/VERSION/), a model (VERSION/), a bundle, or a plain ONNX file.
-
-    Args:
-        name: what the one model there is called, whatever its folder or file is called; empty keeps that. A bundle
-            whose own folder is no number is then version 1.
-
-    Raises:
-        WrongCall: nothing is there, or nothing that could be a model, or several models for one name.
-    """
-    found = _found(path)
-    if not name:
-        return found
-    checked_name(name)
-    if len(names := {version.name for version in found}) > 1:
-        raise WrongCall(
-            f"--name '{name}' is for one model, and '{path}' holds {listing(sorted(names))}; give the path of one"
-        )
-    bare = (path / MODEL_FILE).is_file() and not path.resolve().name.isdecimal()
-    return [replace(version, name=name, version="1" if bare else version.version) for version in found]
-
-
-def _found(path: Path) -> list[Found]:
-    if path.is_file():
-        plain = bundles.plain_name(path)
-        return [Found(name=plain, version="1", path=path)]
-    if not path.is_dir():
-        raise WrongCall(f"there is nothing at '{path}'; give a model repository, a bundle or an ONNX file")
-    if (path / MODEL_FILE).is_file():
-        whole = path.resolve()
-        return [Found(name=whole.parent.name, version=whole.name, path=path)]
-    if found := list(_versions(path)):
-        return found
-    if found := [version for model in _folders(path) for version in _versions(model)]:
-        return found
-    if len(files := sorted(path.glob("*.onnx"))) == 1:
-        return _found(files[0])
-    raise WrongCall(
-        f"'{path}' holds no models; it should hold NAME/VERSION/{MODEL_FILE}. `evalmode export` writes such a folder"
-    )
-
-
-def _versions(model_folder: Path) -> Iterator[Found]:
-    for version in bundles.versions_in(model_folder):
-        yield Found(name=model_folder.resolve().name, version=version, path=model_folder / version)
-
-
-def _folders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and NAME_PATTERN.fullmatch(entry.name))
+    @property
+    def ready(self) -> bool:
+        return self.live is not None
 
 
 @final
 class Repository:
     """The models that are served, by name."""
 
-    def __init__(self, entries: Sequence[Entry], *, path: Path, placement: Placement, settings: Settings) -> None:
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        *,
+        path: Path,
+        placement: Placement,
+        settings: Settings,
+        aliases: Mapping[str, Aliases] | None = None,
+    ) -> None:
         self._path = path
         self._placement = placement
         self._settings = settings
+        self._policy = parse(settings.versions)
+        self._aliases: dict[str, Aliases] = dict(aliases or {})
         self._entries: dict[str, tuple[Entry, ...]] = {}
         self._live: dict[str, Live] = {}
-        for name, of_one in itertools.groupby(sorted(entries, key=lambda entry: entry.name), lambda entry: entry.name):
+        """What answers who names no version, by model."""
+        self._named: dict[str, dict[str, Live]] = {}
+        """What answers who names a version or an alias, by model."""
+        self._replaced: WeakSet[Live] = WeakSet()
+        """Those that still have requests to answer, and hold themselves for no longer."""
+        for name, of_one in groupby(sorted(entries, key=lambda entry: entry.name), lambda entry: entry.name):
             self.swap(name, tuple(of_one))
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """Every version that was looked at, models in order of their names."""
-        return tuple(entry for name in sorted(self._entries) for entry in self._entries[name])
+        return tuple(entry for name in sorted(self._entries) for entry in _one_for_each(self._entries[name]))
 
-    def admit(self, name: str) -> tuple[Entry, ...]:
-        """Look at a model's folder again and admit its newest version; nothing that is served changes.
+    def admit(self, name: str, versions: Collection[str] | None = None) -> tuple[Entry, ...]:
+        """Look at a model's folder again and admit what is to be live; nothing that is served changes.
 
         May take long, so it is called in a thread.
+
+        Args:
+            versions: what changed in the folder. Nothing else is read, what was refused stays so, and an unloaded
+                model too. None: somebody asked, so the newest is admitted anew, and whatever was refused or changed.
 
         Raises:
             UnknownModel: nothing of that name is there.
         """
+        asked = versions is None
+        before = self._entries.get(name, ())
+        if not asked and before and all(entry.reason == UNLOADED for entry in before):
+            return before
         try:
-            there = find(self._path, self._settings.name)
+            there = {found.version: found for found in find(self._path, name, called=self._settings.name)}
         except WrongCall:  # nothing is left there
-            there = []
-        found = [version for version in there if version.name == name]
-        if not found:
-            raise UnknownModel(model=name, models=sorted({version.name for version in there}))
-        if name in self._live:  # of those before it, none is better than what is served
-            versions = [version.version for version in found]
-            serving = self._live[name].version
-            found = found[versions.index(serving) + 1 :] or found[-1:] if serving in versions else found
-        return tuple(_newest(found, self._placement, self._settings, lambda _: None))
+            there = {}
+        if asked and not there:
+            raise UnknownModel(model=name, models=sorted(self._live))
+        rule, held = self._policy.of(name), set(self._aliases.get(name, {}).values())
+        serving = {entry.version: entry.live for entry in before if entry.live is not None}
+        refused = {entry.version: entry for entry in before if entry.live is None}
+        newest = max(there, key=version_order, default=None)
 
-    def swap(self, name: str, entries: tuple[Entry, ...]) -> None:
-        """From now on a model is what was found of it; where nothing of that was admitted, it goes on as it was."""
-        live = next((entry.live for entry in entries if entry.live is not None), None)
-        if live is not None:
-            self._live[name] = live
-        elif name in self._live:
-            entries = (*entries, *(entry for entry in self._entries[name] if entry.live is self._live[name]))
+        def look(version: str) -> list[Entry]:
+            found, live, known = there.get(version), serving.get(version), refused.get(version)
+            if found is None:
+                return [_serving(live, GONE) if live is not None else _missing(name, version)]
+            if not asked and version not in versions:  # type: ignore[operator]  # asked is None
+                if known is None and live is None:  # it is wanted only now
+                    return [self._load(found)]
+                return [*filter(None, [known]), *map(_serving, filter(None, [live]))]
+            if live is None:
+                return [self._load(found)]
+            if not (asked and version == newest) and _has_same_bytes(found, live):
+                return [_serving(live)]
+            anew = self._load(found)
+            return [anew] if anew.ready else [anew, _serving(live)]
+
+        kept = [version for version in serving if not asked or version in held]
+        return tuple(_wanted({*there, *kept, *rule.names, *held}, rule, held, look))
+
+    def swap(self, name: str, entries: tuple[Entry, ...]) -> list[str]:
+        """From now on a model is what was found of it; where nothing of that was admitted, it goes on as it was.
+
+        Returns:
+            The versions that go on as they were.
+        """
+        before = self._entries.get(name, ())
+        if not any(entry.ready for entry in entries):
+            entries = (*entries, *(entry for entry in before if entry.ready))
         self._entries[name] = entries
+        if not entries:
+            del self._entries[name]
+        self._assign(name)
+        now = {entry.live for entry in entries}
+        self._let_go(entry.live for entry in before if entry.live is not None and entry.live not in now)
+        if before:  # not at the start
+            give_back_soon()
+        return [entry.version for entry in before if entry.live is not None and entry.live in now]
 
     def unload(self, name: str) -> None:
         """Stop serving a model; who is being answered gets the answer.
@@ -184,25 +183,57 @@ class Repository:
         Raises:
             UnknownModel, NotReady: it is not served.
         """
-        live = self.live(name)
-        del self._live[name]
-        self._entries[name] = (
-            Entry(name=name, version=live.version, state="UNAVAILABLE", reason="unloaded by request"),
+        lives = [entry.live for entry in self._entries.get(name, ()) if entry.live is not None]
+        if not lives:
+            raise self._not_served(name, None)
+        self._entries[name] = tuple(
+            Entry(name=name, version=live.version, state="UNAVAILABLE", reason=UNLOADED) for live in lives
         )
+        self._assign(name)
+        self._let_go(lives)
+
+    def aliases(self, name: str) -> Aliases:
+        """
+        Raises:
+            UnknownModel: there is no such model.
+        """
+        if name not in self._entries:
+            raise UnknownModel(model=name, models=sorted(self._live))
+        return self._aliases.get(name, {})
+
+    def set_aliases(self, name: str, aliases: Aliases) -> None:
+        """From now on a model's aliases are these; what none names any more goes when the model is next loaded."""
+        self._aliases[name] = aliases
+        self._assign(name)
+
+    def keep_aliases(self, name: str) -> bool:
+        """Write a model's aliases into its folder, in a thread; whether they will be there after a restart."""
+        return aliasing.keep(
+            aliasing.folder_of(self._path, name, called=self._settings.name), self._aliases.get(name, {})
+        )
+
+    @property
+    def all_aliases(self) -> dict[str, Aliases]:
+        """By model."""
+        return dict(self._aliases)
+
+    def versions(self, name: str) -> list[str]:
+        """Those of a model that are live, oldest first."""
+        live = [entry.version for entry in self._entries.get(name, ()) if entry.ready]
+        return sorted(live, key=version_order)
 
     def live(self, name: str, version: str | None = None) -> Live:
         """
+        Args:
+            version: or an alias; None: `stable`, or where that is not set the newest.
+
         Raises:
             UnknownModel, UnknownVersion: there is no such model or version.
-            NotReady: there is, but none of its versions was admitted.
+            NotReady: there is, but it was not admitted, or is not there any more.
         """
-        live = self._live.get(name)
+        live = self._live.get(name) if version is None else self._named.get(name, {}).get(version)
         if live is None:
-            if refused := self._entries.get(name):
-                raise NotReady(f"model '{name}' is not ready: version {refused[0].version} was {refused[0].reason}")
-            raise UnknownModel(model=name, models=sorted(self._live))
-        if version is not None and version != live.version:
-            raise UnknownVersion(model=name, version=version, serving=live.version)
+            raise self._not_served(name, version)
         return live
 
     def only(self) -> Live:
@@ -220,27 +251,88 @@ class Repository:
 
     @property
     def models(self) -> tuple[Live, ...]:
+        """Of each model the version that answers who names none."""
         return tuple(self._live.values())
+
+    @property
+    def lives(self) -> tuple[Live, ...]:
+        """Every version that is live."""
+        return tuple(entry.live for entries in self._entries.values() for entry in entries if entry.live is not None)
+
+    @property
+    def answering(self) -> tuple[Live, ...]:
+        """Every version that is live, and those that were replaced and are not done."""
+        return (*self.lives, *self._replaced)
 
     @property
     def ready(self) -> bool:
         return bool(self._live)
 
+    def _assign(self, name: str) -> None:
+        """Say who answers what."""
+        by_version = {entry.version: entry.live for entry in self._entries.get(name, ()) if entry.live is not None}
+        aliases = self._aliases.get(name, {})
+        named = {alias: by_version[version] for alias, version in aliases.items() if version in by_version}
+        self._named[name] = by_version | named
+        default = aliases.get(STABLE) or max(by_version, key=version_order, default="")
+        if default in by_version:
+            self._live[name] = by_version[default]
+        else:
+            self._live.pop(name, None)
+
+    def _let_go(self, lives: Iterable[Live]) -> None:
+        for live in lives:
+            self._replaced.add(live)
+            finalize(live, give_back_soon).atexit = False
+
+    def _not_served(self, name: str, version: str | None) -> NotFound | NotReady:
+        entries = self._entries.get(name)
+        if not entries:
+            return UnknownModel(model=name, models=sorted(self._live))
+        if not any(entry.ready for entry in entries):
+            return NotReady(f"model '{name}' is not ready: version {entries[0].version} was {entries[0].reason}")
+        alias = STABLE if version is None else version
+        if behind := self._aliases.get(name, {}).get(alias):
+            return NotReady(
+                f"alias '{alias}' of model '{name}' is version {behind}, which is not live; load it, or move the alias"
+            )
+        return UnknownVersion(model=name, version=alias, serving=self.versions(name))
+
+    def _load(self, found: Found) -> Entry:
+        return _load(found, self._placement, self._settings)
+
 
 def load(
     path: Path, placement: Placement, settings: Settings, tell: Callable[[Entry], None] = lambda _: None
 ) -> Repository:
-    """Admit the newest version of each model under `path`, or the newest that can be admitted.
+    """Admit those versions of each model under `path` that are to be live.
 
     Args:
         tell: is called with each version as soon as it is decided.
 
     Raises:
-        WrongCall: there is nothing that could be a model.
+        WrongCall: there is nothing that could be a model, or its aliases cannot be read.
     """
-    return Repository(
-        _newest(find(path, settings.name), placement, settings, tell), path=path, placement=placement, settings=settings
-    )
+    policy = parse(settings.versions)
+    entries: list[Entry] = []
+    aliases: dict[str, Aliases] = {}
+    for name, of_one in groupby(find(path, called=settings.name), lambda found: found.name):
+        there = {found.version: found for found in of_one}
+        folder = aliasing.folder_of(path, name, called=settings.name)
+        aliases[name] = aliasing.read(folder) if folder is not None else {}
+        rule, held = policy.of(name), set(aliases[name].values())
+
+        def look(version: str, name: str = name, there: Mapping[str, Found] = there) -> list[Entry]:
+            found = there.get(version)
+            entry = _missing(name, version) if found is None else _load(found, placement, settings)
+            tell(entry)
+            return [entry]
+
+        entries += _wanted({*there, *rule.names, *held}, rule, held, look)
+    if unknown := sorted(policy.by_model.keys() - aliases.keys()):
+        there_are = listing(aliases)
+        _log.warning("--versions names models that are not there: %s; there are: %s", listing(unknown), there_are)
+    return Repository(entries, path=path, placement=placement, settings=settings, aliases=aliases)
 
 
 def load_these(
@@ -249,35 +341,68 @@ def load_these(
     """Admit these versions, by name and version, and no others; one that is not there is left out."""
     return [
         _load(found, placement, settings)
-        for found in find(path, settings.name)
+        for found in find(path, called=settings.name)
         if (found.name, found.version) in versions
     ]
 
 
-def _newest(
-    found: Sequence[Found], placement: Placement, settings: Settings, tell: Callable[[Entry], None]
+def _wanted(
+    versions: Collection[str], rule: Rule, held: Collection[str], look: Callable[[str], list[Entry]]
 ) -> list[Entry]:
-    """The newest version of each model that can be admitted, and those that were refused before it.
+    """What was made of the versions that are to be live, newest first, and of those that were refused before them.
 
     Args:
-        found: in any order of models, versions oldest first.
+        held: those that an alias names.
+        look: makes something of a version.
     """
     entries: list[Entry] = []
-    done: set[str] = set()
-    for version in reversed(found):
-        if version.name in done:
-            continue
-        entry = _load(version, placement, settings)
-        tell(entry)
-        entries.append(entry)
-        if entry.live is not None:
-            done.add(version.name)
+    admitted = 0
+    for version in sorted(versions, key=version_order, reverse=True):
+        wanted = rule.wants(version, admitted)
+        if wanted or version in held:
+            looked = look(version)
+            entries += looked
+            admitted += wanted and any(entry.ready for entry in looked)
     return entries
+
+
+def _one_for_each(entries: Sequence[Entry]) -> list[Entry]:
+    """A version that is served as it was before its files changed has two entries; here they are one."""
+    ready = {entry.version for entry in entries if entry.ready}
+    changed = {entry.version: entry.reason for entry in entries if not entry.ready and entry.version in ready}
+    return [
+        replace(entry, reason=f"served as it was before its files changed; now it is {changed[entry.version]}")
+        if entry.version in changed
+        else entry
+        for entry in entries
+        if entry.ready or entry.version not in changed
+    ]
+
+
+def _serving(live: Live, reason: str = "") -> Entry:
+    return Entry(name=live.name, version=live.version, state="READY", reason=reason, live=live)
+
+
+def _missing(name: str, version: str) -> Entry:
+    return Entry(name=name, version=version, state="UNAVAILABLE", reason=MISSING)
+
+
+def _has_same_bytes(found: Found, live: Live) -> bool:
+    try:
+        return _read(found).contents == live.admitted.bundle.contents
+    except AdmissionRefused:
+        return False
+
+
+def _read(found: Found) -> Bundle:
+    if found.path.is_file():
+        return bundles.read_plain(found.path)
+    return bundles.read(found.path, name=found.name, version=found.version)
 
 
 def _load(found: Found, placement: Placement, settings: Settings) -> Entry:
     try:
-        admitted = admit(found.read(), placement, threads=settings.threads, max_batch_rows=settings.max_batch_rows)
+        admitted = admit(_read(found), placement, threads=settings.threads, max_batch_rows=settings.max_batch_rows)
         batching = rehearse(admitted, settings.numerics)
     except AdmissionRefused as refusal:
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=str(refusal))

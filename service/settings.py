@@ -9,8 +9,10 @@ import ipaddress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service import policy
 
 Device = Literal["auto", "cpu", "cuda"]
 Numerics = Literal["exact", "bounded"]
@@ -33,6 +35,13 @@ class Settings(BaseSettings):
         default=0, ge=0, description="Threads inside one run; 0 is one for a short run, else what a worker may use."
     )
     max_batch_rows: int = Field(default=64, ge=1, le=65536, description="The most rows that run together.")
+    versions: str = Field(
+        default="latest",
+        description="What is live of a model: 'latest', 'latest:N', or by name: 'latest credit=3,7 fraud=latest:2'.",
+    )
+    reload_s: float = Field(
+        default=1.0, ge=0, description="How often the folder is looked at for new versions; 0 is never, `load` only."
+    )
     numerics: Numerics = Field(
         default="exact",
         description="'exact': rows share a batch where that changes no bit; 'bounded': or only rounds.",
@@ -48,6 +57,12 @@ class Settings(BaseSettings):
     )
     body_limit_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body that is read.")
     log_level: LogLevel = Field(default="info", description="The least that is logged.")
+
+    @field_validator("versions")
+    @classmethod
+    def _is_a_policy(cls, versions: str) -> str:
+        policy.parse(versions)
+        return versions
 
 
 def is_loopback(host: str) -> bool:

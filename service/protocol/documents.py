@@ -6,7 +6,7 @@ Source of the configuration: triton-inference-server, `docs/protocol/extension_m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from service.repository import Live
 from service.runtime import CUDA_PROVIDER
@@ -18,18 +18,25 @@ EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "
 Document = dict[str, object]
 
 
-def metadata(live: Live) -> Document:
-    """The answer of `GET /v2/models/{m}`."""
+def metadata(live: Live, versions: Sequence[str], aliases: Mapping[str, str]) -> Document:
+    """The answer of `GET /v2/models/{m}`.
+
+    Args:
+        versions: of this model, those that are live.
+        aliases: what else they are called.
+    """
     admitted = live.admitted
     passport = admitted.bundle.passport
     batching = live.batching
     return {
         "name": live.name,
-        "versions": [live.version],
+        "versions": list(versions),
         "platform": PLATFORM,
         "inputs": [spec.model_dump() for spec in admitted.signature.inputs],
         "outputs": [spec.model_dump() for spec in admitted.signature.outputs],
         "evalmode": {
+            "version": live.version,
+            "aliases": dict(aliases),
             "provider": admitted.runtime.provider,
             "threads": admitted.runtime.threads,
             "batchnorm_layers": len(admitted.batchnorms),
@@ -55,7 +62,7 @@ def metadata(live: Live) -> Document:
     }
 
 
-def config(live: Live) -> Document:
+def config(live: Live, versions: Sequence[str]) -> Document:
     """The answer of `GET /v2/models/{m}/config`: as much of Triton's ModelConfig as there is here.
 
     `max_batch_size` is 0 unless the batch axis is free, and where it is not 0 the dims leave that axis out.
@@ -76,7 +83,7 @@ def config(live: Live) -> Document:
                 "count": 1,
             }
         ],
-        "version_policy": {"specific": {"versions": [live.version]}},
+        "version_policy": {"specific": {"versions": list(versions)}},
     }
 
 

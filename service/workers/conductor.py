@@ -10,11 +10,13 @@ Rule 3: who asks gets the answer when all have done it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import groupby
 from typing import Any, final
 
-from service.errors import EvalmodeError, LoadRefused, NotReady
+from service.aliases import Aliases, changed
+from service.errors import EvalmodeError, NotReady, UnknownModel
+from service.policy import refusal
 from service.statistics import Document
 from service.workers.channel import Channel, Facts, Gone
 from service.workers.tally import Tally
@@ -34,6 +36,7 @@ class Conductor:
         self._decided = asyncio.Event()
         self._verdicts: dict[str, tuple[Verdict, ...]] = {}
         """What is served, by model; empty until the first worker has decided."""
+        self._aliases: dict[str, Aliases] = {}
         self._changing = asyncio.Lock()
         """Held while what is served changes, and while a worker begins to serve it."""
         self._changes = 0
@@ -43,6 +46,10 @@ class Conductor:
     def decided(self) -> bool:
         """The first worker has said what is served."""
         return self._decided.is_set()
+
+    async def decision(self) -> None:
+        """Wait until the first worker has said what is served."""
+        await self._decided.wait()
 
     async def join(self, worker: Channel, *, first: bool, **facts: object) -> Facts:
         """Have a worker load what is served, and listen.
@@ -61,15 +68,16 @@ class Conductor:
         if not first:
             await self._decided.wait()
         while True:
-            wanted = self._all_verdicts() if self.decided else None
-            said: Facts = await worker.ask("prepare", verdicts=wanted, **facts)
+            wanted = (self._all_verdicts(), {**self._aliases}) if self.decided else (None, None)
+            said: Facts = await worker.ask("prepare", verdicts=wanted[0], aliases=wanted[1], **facts)
             async with self._changing:
-                if wanted is not None and wanted != self._all_verdicts():
+                if wanted[0] is not None and wanted != (self._all_verdicts(), self._aliases):
                     continue
                 await worker.ask("listen")
                 self.workers.add(worker)
-                if wanted is None:
+                if wanted[0] is None:
                     self._verdicts = _by_model(Verdict(**verdict) for verdict in said["verdicts"])
+                    self._aliases = said["aliases"]
                     self._decided.set()
                 return said
 
@@ -82,8 +90,10 @@ class Conductor:
         """What a worker asks on behalf of its client."""
         match question:
             case "load":
-                await self._load(facts["model"])
+                await self.load(facts["model"])
                 return None
+            case "move_alias":
+                return await self._move_alias(facts["model"], facts["alias"], facts["version"])
             case "unload":
                 await self._unload(facts["model"])
                 return None
@@ -91,20 +101,30 @@ class Conductor:
                 return await self._statistics()
         raise AssertionError(question)
 
-    async def _load(self, model: str) -> None:
+    async def load(self, model: str, versions: Collection[str] | None = None) -> None:
+        """As a `Crew` does it."""
+        asked = None if versions is None else sorted(versions)
         async with self._changing:
             try:
-                found = await self._ask_all("admit", model=model)
+                found = await self._ask_all("admit", model=model, versions=asked)
             except EvalmodeError:
-                await self._ask_all("settle", model=model, verdicts=[])
+                await self._ask_all("settle", model=model, verdicts=None)
                 raise
             new = joint([[Verdict(**verdict) for verdict in verdicts] for verdicts in found])
-            await self._ask_all("settle", model=model, verdicts=new)
+            kept = await self._ask_all("settle", model=model, verdicts=new)
             self._verdicts[model] = settled(self._verdicts.get(model, ()), new)
-            if any(verdict.ready for verdict in new):
-                self._forget_counts(model)
-        if not new[0].ready:
-            raise LoadRefused(model=model, version=new[0].version, reason=new[0].reason)
+            self._forget_counts(model, set(kept[0]).intersection(*kept))
+        if refused := refusal(new, versions):
+            raise refused
+
+    async def _move_alias(self, model: str, alias: str, version: str | None) -> bool:
+        async with self._changing:
+            if not self._verdicts.get(model):
+                raise UnknownModel(model=model, models=sorted(self._verdicts))
+            live = [verdict.version for verdict in reversed(self._verdicts[model]) if verdict.ready]
+            after = changed(self._aliases.get(model, {}), model=model, alias=alias, version=version, live=live)
+            self._aliases[model] = after
+            return all(await self._ask_all("take_aliases", model=model, aliases=after))
 
     async def _unload(self, model: str) -> None:
         async with self._changing:
@@ -125,9 +145,9 @@ class Conductor:
         await asyncio.gather(*map(hear, self.workers))
         return self._tally.total()
 
-    def _forget_counts(self, model: str) -> None:
+    def _forget_counts(self, model: str, kept: Collection[str] = ()) -> None:
         self._changes += 1
-        self._tally.forget(model)
+        self._tally.forget(model, kept)
 
     async def _ask_all(self, question: str, **facts: object) -> list[Any]:
         """The answers of all who serve; one that died meanwhile has none, and is replaced.

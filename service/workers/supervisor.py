@@ -22,6 +22,7 @@ from typing import final
 
 from service.errors import EvalmodeError, Refused
 from service.settings import Settings
+from service.watching import Watcher
 from service.workers.channel import Channel, Gone
 from service.workers.conductor import Conductor
 
@@ -51,6 +52,7 @@ class Supervisor:
     def __init__(self, path: Path, settings: Settings, listening: socket.socket) -> None:
         self._settings = settings
         self._listening = listening
+        self._path = path
         self._facts = {"path": str(path), "settings": settings.model_dump(mode="json")}
         self._conductor = Conductor()
         self._processes: set[asyncio.subprocess.Process] = set()
@@ -76,14 +78,22 @@ class Supervisor:
         for signum in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(signum, end, signum)
         stopped = asyncio.create_task(stop.wait())
+        watching = asyncio.create_task(self._watch())
         kept = [asyncio.create_task(self._keep(first=i == 0)) for i in range(self._settings.workers)]
         done, _ = await asyncio.wait([stopped, *kept], return_when=asyncio.FIRST_COMPLETED)
         self._listening.close()  # who comes now is refused at once
-        for task in (stopped, *kept):
+        tasks = [stopped, watching, *kept]
+        for task in tasks:
             task.cancel()
-        await asyncio.wait([stopped, *kept])
+        await asyncio.wait(tasks)
         for ended in done - {stopped}:
             ended.result()
+
+    async def _watch(self) -> None:
+        """Here and not in the workers: what all load is the same."""
+        watcher = Watcher(self._path, every_s=self._settings.reload_s, called=self._settings.name)
+        await self._conductor.decision()
+        await watcher.run(self._conductor.load)
 
     async def _keep(self, *, first: bool) -> None:
         """Start a worker, and another one whenever it ends.

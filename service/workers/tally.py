@@ -6,6 +6,7 @@ after that is lost.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import final
 
 from service.statistics import Document, summed
@@ -26,12 +27,14 @@ class Tally:
         """It will not be heard again; what it said stays."""
         self._gone = summed([*self._gone, *self._heard.pop(process, [])])
 
-    def forget(self, model: str) -> None:
-        """It was loaded anew or unloaded: its counts begin at zero."""
-        self._gone = [one for one in self._gone if one["name"] != model]
-        self._heard = {
-            process: [one for one in documents if one["name"] != model] for process, documents in self._heard.items()
-        }
+    def forget(self, model: str, kept: Collection[str] = ()) -> None:
+        """It was loaded anew or unloaded: its counts begin at zero, but for the versions that go on as they were."""
+
+        def stays(one: Document) -> bool:
+            return one["name"] != model or one["version"] in kept
+
+        self._gone = list(filter(stays, self._gone))
+        self._heard = {process: list(filter(stays, documents)) for process, documents in self._heard.items()}
 
     def total(self) -> list[Document]:
         return summed([*self._gone, *(one for documents in self._heard.values() for one in documents)])

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
+from service.places import version_order
+
 TORN = "not admitted: its files changed while the workers read them; load it again"
 
 
@@ -32,18 +34,19 @@ class Verdict:
 
 
 def joint(found: Sequence[Sequence[Verdict]]) -> tuple[Verdict, ...]:
-    """What all processes will hold a model to be.
+    """What all processes will hold a model to be: what all made of it, or where they differ, what any refused.
 
     Args:
-        found: for each process, at least one, what it made of the model: at least one version, newest first.
+        found: for each process, at least one, what it made of the model, newest first.
     """
     first = found[0]
     if all(_essence(other) == _essence(first) for other in found):
         return tuple(first)
-    for verdicts in found:
-        if not verdicts[0].ready:
-            return (verdicts[0],)
-    return (replace(first[0], state="UNAVAILABLE", reason=TORN, digest=""),)
+    refused = {verdict.version: verdict for verdicts in reversed(found) for verdict in verdicts if not verdict.ready}
+    if refused:
+        return tuple(sorted(refused.values(), key=lambda verdict: version_order(verdict.version), reverse=True))
+    newest = next(verdict for verdicts in found for verdict in verdicts)
+    return (replace(newest, state="UNAVAILABLE", reason=TORN, digest=""),)
 
 
 def _essence(verdicts: Sequence[Verdict]) -> list[tuple[str, str, str]]:

@@ -1,7 +1,7 @@
 """One of several processes that serve, under a supervisor.
 
 Rule 1: it does what the supervisor asks, in this order: `prepare`, `listen`; from then on `admit` and `settle`,
-    `unload`, `statistics`, `ping`. It serves nothing before `listen`, so whoever answers is ready.
+    `take_aliases`, `unload`, `statistics`, `ping`. It serves nothing before `listen`, so whoever answers is ready.
 Rule 2: `admit` changes nothing that is served; `settle` cannot fail. So several workers can do both or neither.
 Rule 3: when the supervisor is gone, it stops.
 """
@@ -14,10 +14,11 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from service.aliases import Aliases
 from service.app import create_app
 from service.bundle import Bundle
 from service.errors import NotReady, Refused
@@ -56,15 +57,17 @@ class Worker:
     async def _answer(self, question: str, facts: Facts) -> object:
         match question:
             case "prepare":
-                return await self._prepare(Path(facts["path"]), Settings(**facts["settings"]), facts["verdicts"])
+                return await self._prepare(Path(facts["path"]), Settings(**facts["settings"]), facts)
             case "listen":
                 await self._listen()
                 return None
             case "admit":
-                return await asyncio.to_thread(self._admit, facts["model"])
+                return await asyncio.to_thread(self._admit, facts["model"], facts["versions"])
             case "settle":
-                self._settle(facts["model"], [Verdict(**verdict) for verdict in facts["verdicts"]])
-                return None
+                return self._settle(facts["model"], facts["verdicts"])
+            case "take_aliases":
+                self._repository.set_aliases(facts["model"], facts["aliases"])
+                return await asyncio.to_thread(self._repository.keep_aliases, facts["model"])
             case "unload":
                 self._repository.unload(facts["model"])
                 return _verdicts(entry for entry in self._repository.entries if entry.name == facts["model"])
@@ -74,22 +77,23 @@ class Worker:
                 return None
         raise AssertionError(question)
 
-    async def _prepare(self, path: Path, settings: Settings, verdicts: Sequence[Any] | None) -> Facts:
+    async def _prepare(self, path: Path, settings: Settings, facts: Facts) -> Facts:
         """Load what the others serve, or, as the first, what is to be served."""
         logging.basicConfig(
             level=settings.log_level.upper(),
             format="%(asctime)s %(levelname)s %(name)s (worker %(process)d): %(message)s",
         )
         self._settings = settings
+        verdicts = facts["verdicts"]
         if verdicts is None:
             self._repository = await asyncio.to_thread(loaded, path, settings)
             verdicts = await asyncio.to_thread(_verdicts, self._repository.entries)
         else:
             wanted = [Verdict(**verdict) for verdict in verdicts]
-            self._repository = await asyncio.to_thread(_loaded_as, path, settings, wanted)
+            self._repository = await asyncio.to_thread(_loaded_as, path, settings, wanted, facts["aliases"])
         host, port = self._listening.getsockname()[:2]
         said = announcement(self._repository, host, port, workers=settings.workers)
-        return {"verdicts": verdicts, "announcement": said}
+        return {"verdicts": verdicts, "aliases": self._repository.all_aliases, "announcement": said}
 
     async def _listen(self) -> None:
         listens = asyncio.Event()
@@ -105,19 +109,23 @@ class Worker:
         self._tasks.create_task(server.serve(sockets=[self._listening]))
         await listens.wait()
 
-    def _admit(self, model: str) -> list[Verdict]:
+    def _admit(self, model: str, versions: Collection[str] | None) -> list[Verdict]:
         """May take long, so it is called in a thread; the supervisor has one model admitted at a time."""
-        self._candidates[model] = self._repository.admit(model)
+        self._candidates[model] = self._repository.admit(model, versions)
         return _verdicts(self._candidates[model])
 
-    def _settle(self, model: str, verdicts: Sequence[Verdict]) -> None:
-        """Serve what all agreed on, or, where that is nothing, forget what was admitted."""
-        candidates = {entry.version: entry for entry in self._candidates.pop(model, ())}
-        if verdicts:
-            self._repository.swap(model, tuple(candidates[it.version] if it.ready else _refused(it) for it in verdicts))
+    def _settle(self, model: str, verdicts: Sequence[Facts] | None) -> list[str]:
+        """Serve what all agreed on, or, where that is nothing, forget what was admitted; which versions go on."""
+        candidates = {entry.version: entry for entry in self._candidates.pop(model, ()) if entry.ready}
+        if verdicts is None:
+            return []
+        agreed = [Verdict(**verdict) for verdict in verdicts]
+        return self._repository.swap(
+            model, tuple(candidates[it.version] if it.ready else _refused(it) for it in agreed)
+        )
 
     def _statistics(self) -> list[Document]:
-        return [live.statistics.document(name=live.name, version=live.version) for live in self._repository.models]
+        return [live.statistics.document(name=live.name, version=live.version) for live in self._repository.lives]
 
 
 @final
@@ -127,8 +135,13 @@ class OneOfSeveral:
     def __init__(self, supervisor: Channel) -> None:
         self._supervisor = supervisor
 
-    async def load(self, model: str) -> None:
+    async def load(self, model: str, versions: Collection[str] | None = None) -> None:
+        assert versions is None  # the supervisor alone watches the folder
         await self._ask("load", model=model)
+
+    async def move_alias(self, model: str, alias: str, version: str | None) -> bool:
+        kept: bool = await self._ask("move_alias", model=model, alias=alias, version=version)
+        return kept
 
     async def unload(self, model: str) -> None:
         await self._ask("unload", model=model)
@@ -144,7 +157,9 @@ class OneOfSeveral:
             raise NotReady("the service is being stopped") from gone
 
 
-def _loaded_as(path: Path, settings: Settings, verdicts: Sequence[Verdict]) -> Repository:
+def _loaded_as(
+    path: Path, settings: Settings, verdicts: Sequence[Verdict], aliases: Mapping[str, Aliases]
+) -> Repository:
     """What other processes serve, and nothing else, whatever lies beside it by now.
 
     Raises:
@@ -165,7 +180,7 @@ def _loaded_as(path: Path, settings: Settings, verdicts: Sequence[Verdict]) -> R
                 "were changed or removed since; put a version in its place and load it"
             )
     entries = [found[(it.name, it.version)] if it.ready else _refused(it) for it in verdicts]
-    return Repository(entries, path=path, placement=placement, settings=settings)
+    return Repository(entries, path=path, placement=placement, settings=settings, aliases=aliases)
 
 
 def _refused(verdict: Verdict) -> Entry:

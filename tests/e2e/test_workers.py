@@ -118,7 +118,7 @@ def test_two_processes_are_one_service(serve: Serve, models: Path) -> None:
 
 def test_what_one_loads_and_unloads_all_do(serve: Serve, models: Path) -> None:
     """A version that is put beside the first waits for `load`; one that is refused changes nothing anywhere."""
-    serving = serve(models, "--workers", "2")
+    serving = serve(models, "--workers", "2", "--reload-s", "0")
     write_table_bundle(models, name="table", version="2")
 
     def versions() -> set[str]:
@@ -168,7 +168,7 @@ def test_a_killed_worker_is_replaced_while_the_other_serves(serve: Serve, models
 
     Totals do not go backwards, and a model that was unloaded does not come back.
     """
-    serving = serve(models, "--workers", "2")
+    serving = serve(models, "--workers", "2", "--reload-s", "0")
     assert ask(serving, "POST", "/v2/repository/models/rate/unload").status_code == 200
     write_table_bundle(models, name="table", version="2")  # nobody asked for it
     sent = len(everywhere(serving, "POST", PREDICT, SAMPLE))
@@ -235,7 +235,7 @@ def test_a_worker_that_hangs_is_replaced(models: Path, monkeypatch: pytest.Monke
 
 def test_files_that_were_changed_under_a_served_version_are_not_mixed_in(serve: Serve, models: Path) -> None:
     """A new worker finds other bytes than the others serve: it does not serve them before `load` was asked for."""
-    serving = serve(models, "--workers", "2")
+    serving = serve(models, "--workers", "2", "--reload-s", "0")
     shutil.rmtree(models / "table")
     write_table_bundle(models, name="table", regression=True)
     killed = min(children(serving.process.pid))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import shutil
 from pathlib import Path
+from time import perf_counter_ns
+from weakref import ref
 
 import onnx
 import pytest
 
-from service.errors import NotReady, UnknownVersion, WrongCall
-from service.repository import Entry, Repository, find, load
+from service.coalescing import Computed
+from service.errors import DeadlineExceeded, NotReady, UnknownVersion, WrongCall
+from service.places import find
+from service.repository import Entry, Repository, load
 from service.runtime import place
 from service.settings import Settings
+from service.signature import Accepted
 from tests import graphs
-from tests.bundles import write_table_bundle
+from tests.asking import ask
+from tests.bundles import golden_rows, write_table_bundle
 
 
 def loaded(path: Path, heard: list[Entry] | None = None) -> Repository:
@@ -55,9 +63,9 @@ def test_a_name_is_for_one_model(tmp_path: Path) -> None:
     for name in ("credit", "fraud"):
         write_table_bundle(tmp_path, name=name)
     with pytest.raises(WrongCall, match=r"--name 'judge' is for one model, and '.*' holds 'credit', 'fraud'"):
-        find(tmp_path, "judge")
+        find(tmp_path, called="judge")
     with pytest.raises(WrongCall, match=r"'\.\./x' cannot be a model's name"):
-        find(tmp_path / "credit", "../x")
+        find(tmp_path / "credit", called="../x")
 
 
 def test_which_of_several_files_is_meant_is_not_guessed(tmp_path: Path) -> None:
@@ -129,3 +137,111 @@ def test_a_version_that_was_taken_away_makes_room_for_the_one_before(tmp_path: P
     shutil.rmtree(tmp_path / "credit" / "2")
     repository.swap("credit", repository.admit("credit"))
     assert repository.live("credit").version == "1"
+
+
+def versions_of(path: Path, policy: str) -> tuple[list[str], dict[str, str]]:
+    """Those that are live, and the index."""
+    repository = load(path, place("cpu"), Settings(threads=1, max_batch_rows=8, versions=policy))
+    return repository.versions("credit"), {entry.version: entry.state for entry in repository.entries}
+
+
+def test_as_many_are_live_as_the_policy_says(tmp_path: Path) -> None:
+    """Of the newest that can be admitted, or by name; what is named and missing is in the index."""
+    for version in ("1", "2", "3", "4"):
+        folder = write_table_bundle(tmp_path, name="credit", version=version)
+        if version == "3":
+            (folder / "model.onnx").write_bytes(b"half a file")
+    assert versions_of(tmp_path, "latest")[0] == ["4"]
+    assert versions_of(tmp_path, "latest:2") == (["2", "4"], {"4": "READY", "3": "UNAVAILABLE", "2": "READY"})
+    assert versions_of(tmp_path, "latest:9")[0] == ["1", "2", "4"]
+    assert versions_of(tmp_path, "latest credit=1,2,7") == (
+        ["1", "2"],
+        {"7": "UNAVAILABLE", "2": "READY", "1": "READY"},
+    )
+
+
+def test_a_policy_for_a_model_that_is_not_there_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It may be a slip, and then another version is served than was meant."""
+    write_table_bundle(tmp_path, name="credit")
+    assert versions_of(tmp_path, "credt=3")[0] == ["1"]
+    assert "--versions names models that are not there: 'credt'; there are: 'credit'" in caplog.text
+
+
+def test_the_documentation_holds_no_session(tmp_path: Path) -> None:
+    """It has each model's types, and is made anew for others."""
+    write_table_bundle(tmp_path, name="credit")
+    repository = loaded(tmp_path)
+    assert ask(repository, "GET", "/openapi.json").status_code == 200
+    old = ref(repository.live("credit"))
+    repository.swap("credit", repository.admit("credit"))
+    gc.collect()
+    assert old() is None
+
+
+def test_of_several_versions_only_what_changed_is_admitted_anew(tmp_path: Path) -> None:
+    """By request the newest too; the others go on, with their statistics."""
+    for version in ("1", "2", "3"):
+        write_table_bundle(tmp_path, name="credit", version=version)
+    repository = load(tmp_path, place("cpu"), Settings(threads=1, max_batch_rows=8, versions="latest:2"))
+    two, three = (repository.live("credit", version) for version in ("2", "3"))
+    assert repository.swap("credit", repository.admit("credit")) == ["2"]
+    assert repository.live("credit", "2") is two
+    assert repository.live("credit", "3") is not three
+    three = repository.live("credit", "3")
+    write_table_bundle(tmp_path, name="credit", version="4")
+    assert repository.swap("credit", repository.admit("credit", {"4"})) == ["3"]
+    assert (repository.versions("credit"), repository.live("credit", "3")) == (["3", "4"], three)
+    shutil.rmtree(tmp_path / "credit" / "4")
+    write_table_bundle(tmp_path, name="credit", version="4", regression=True)
+    assert repository.swap("credit", repository.admit("credit", {"4"})) == ["3"]
+    assert repository.live("credit").reader is not None
+    assert repository.live("credit").admitted.signature.outputs[0].name == "value"
+
+
+def test_what_was_replaced_answers_and_is_let_go(tmp_path: Path) -> None:
+    """Whoever waits on the old version gets its answer, also if late; then nothing holds its session.
+
+    Without the collector: what the service froze at its start is never looked at by it.
+    """
+    write_table_bundle(tmp_path, name="credit")
+    repository = loaded(tmp_path)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        told: list[Computed] = []
+
+        async def scenario() -> None:
+            old = repository.live("credit")
+            rows = Accepted(tuple(golden_rows(1)), 1)
+            old.coalescer.submit(rows, told.append)
+            old.coalescer.submit(rows, told.append, expires_ns=perf_counter_ns() + 1_000_000)
+            write_table_bundle(tmp_path, name="credit", version="2")
+            repository.swap("credit", repository.admit("credit"))
+            assert told == []
+            assert old in repository.answering
+            assert old not in repository.lives
+            for live in repository.answering:
+                live.coalescer.drop_late()
+            assert [type(one.error) for one in told] == [DeadlineExceeded]
+
+        session, live = ref(repository.live("credit").admitted.runtime), ref(repository.live("credit"))
+        asyncio.run(scenario())
+        assert [one.error is None for one in told] == [False, True]
+        assert told[1].outputs[0].shape == (1, 2)
+        assert (session(), live()) == (None, None)
+        assert len(repository.answering) == 1
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def test_what_workers_refused_together_leaves_what_is_served(tmp_path: Path) -> None:
+    """Nothing that one of them admitted is among what they agreed on."""
+    write_table_bundle(tmp_path, name="credit")
+    repository = loaded(tmp_path)
+    serving = repository.live("credit")
+    torn = Entry(name="credit", version="2", state="UNAVAILABLE", reason="not admitted: its files changed")
+    assert repository.swap("credit", (torn,)) == ["1"]
+    assert repository.live("credit") is serving
+    assert [(entry.version, entry.state) for entry in repository.entries] == [("2", "UNAVAILABLE"), ("1", "READY")]

@@ -17,7 +17,7 @@ import pytest
 from service import http_server
 from service.app import create_app
 from service.asgi import Application
-from service.errors import EvalmodeError, Internal, LoadRefused, NotReady, Refused, UnknownModel
+from service.errors import EvalmodeError, Internal, LoadRefused, NotReady, Refused, UnknownModel, UnknownVersion
 from service.http_server import SHARED_TAKES_AT_ONCE, Server
 from service.repository import Repository
 from service.runtime import place
@@ -56,6 +56,10 @@ def refused(version: str, reason: str = "refused at the golden door") -> Verdict
         pytest.param([[refused("2"), ready("1")], [ready("2")]], [refused("2")], id="the first refuses"),
         pytest.param([[ready("2", "a1")], [ready("2", "b2")]], [refused("2", TORN)], id="other bytes"),
         pytest.param([[ready("2")], [ready("3")]], [refused("2", TORN)], id="another version"),
+        pytest.param([[], []], [], id="nothing is left"),
+        pytest.param(
+            [[ready("3"), ready("2")], [refused("3"), ready("2"), ready("1")]], [refused("3")], id="one of several"
+        ),
     ],
 )
 def test_all_end_with_the_same_verdicts(found: list[list[Verdict]], together: list[Verdict]) -> None:
@@ -96,7 +100,9 @@ def test_totals_never_go_backwards() -> None:
     tally.hear("third", [counted("credit", 1), counted("rate", 0)])
     tally.hear("second", [counted("credit", 6), counted("rate", 0)])
     assert successes(tally.total()) == {"credit": 10, "rate": 1}
-    tally.forget("credit")
+    tally.forget("credit", kept=["1"])
+    assert successes(tally.total()) == {"credit": 10, "rate": 1}
+    tally.forget("credit", kept=["2"])
     assert successes(tally.total()) == {"rate": 1}
 
 
@@ -316,6 +322,7 @@ class FakeWorker:
     def __init__(self) -> None:
         self.served: list[Verdict] = []
         self.disk: Sequence[Verdict] | EvalmodeError = [ready("1")]
+        self.aliases: dict[str, dict[str, str]] = {}
         self.requests = 0
         self.heard: list[str] = []
         self.at: dict[str, Callable[[], Awaitable[None]]] = {}
@@ -335,12 +342,17 @@ class FakeWorker:
             case "prepare":
                 wanted = facts["verdicts"]
                 self.served = list(self.found()) if wanted is None else [Verdict(**one) for one in wanted]
-                return {"verdicts": self.served}
+                self.aliases = facts["aliases"] or {}
+                return {"verdicts": self.served, "aliases": self.aliases}
             case "admit":
                 return self.found()
             case "settle":
-                if facts["verdicts"]:
+                if facts["verdicts"] is not None:
                     self.served = list(settled(self.served, [Verdict(**one) for one in facts["verdicts"]]))
+                return []
+            case "take_aliases":
+                self.aliases = {facts["model"]: facts["aliases"]}
+                return True
             case "unload":
                 self.served = [refused("1", "unloaded by request")]
                 return self.served
@@ -399,6 +411,27 @@ def test_a_load_is_done_in_all_before_it_is_answered() -> None:
         await other.crew.unload("credit")
         assert one.served == other.served == [refused("1", "unloaded by request")]
         await part(one, other)
+
+    run(scenario)
+
+
+def test_an_alias_moves_in_all_and_who_joins_knows_it() -> None:
+    """Only to a version that is live; nobody is told of what is refused."""
+
+    async def scenario() -> None:
+        conductor, one, other = await crew_of_two()
+        assert await other.crew.move_alias("credit", "stable", "1")
+        assert one.aliases == other.aliases == {"credit": {"stable": "1"}}
+        with pytest.raises(UnknownVersion, match="no live version '2'; version '1' is served"):
+            await one.crew.move_alias("credit", "stable", "2")
+        with pytest.raises(UnknownModel):
+            await one.crew.move_alias("nobody", "stable", "1")
+        third = FakeWorker()
+        await third.enlist(conductor)
+        assert third.aliases == {"credit": {"stable": "1"}}
+        await one.crew.move_alias("credit", "stable", None)
+        assert one.aliases == other.aliases == third.aliases == {"credit": {}}
+        await part(one, other, third)
 
     run(scenario)
 

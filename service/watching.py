@@ -1,0 +1,233 @@
+"""Notices what changes in the folder of models, and has it loaded as `load` would.
+
+`look` reads, `Watch` decides, `Watcher` acts.
+
+Rule 1: a look opens no file and runs in a thread of its own, so a file system that hangs keeps nobody waiting.
+Rule 2: a version is loaded when two looks in a row find it the same, and other than when it was last loaded or refused:
+        what is still being copied is left alone, and what was refused is tried again when it has changed.
+Rule 3: what begins with a dot is being written, and is not there yet.
+Rule 4: a folder that cannot be read changes nothing. That is said once, and again when it can be read.
+Rule 5: no clock is compared with a file's: its time is a mark that is the same or another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import stat
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, final
+
+from service.errors import EvalmodeError, LoadRefused
+from service.places import MODEL_FILE, NAME_PATTERN, plain_name, version_called
+
+Key = tuple[str, str]
+"""Model and version."""
+
+Marks = tuple[tuple[str, int, int], ...]
+"""Of each file of a version: its path inside the folder, size in bytes, time of change in nanoseconds."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What one look found."""
+
+    versions: Mapping[Key, Marks] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """Why, by model; what is in there is not known. '' is all that is served."""
+
+
+def look(path: Path, *, called: str = "") -> Seen:
+    """Every version under `path`; both are what `places.find` takes."""
+    versions: dict[Key, Marks] = {}
+    unreadable: dict[str, str] = {}
+    try:
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            versions[plain_name(path), "1"] = (_mark(path, path.name),)
+        elif (marks := _marks(path)) is not None:
+            whole = path.resolve()
+            versions[whole.parent.name, whole.name] = marks
+        elif own := dict(_versions(path)):
+            name = path.resolve().name
+            versions |= {(name, version): marks for version, marks in own.items()}
+        else:
+            for model in _folders(path):
+                try:
+                    versions |= {(model.name, version): marks for version, marks in _versions(model.path)}
+                except FileNotFoundError:  # it went while we looked
+                    pass
+                except OSError as error:
+                    unreadable[model.name] = str(error.strerror)
+    except OSError as error:
+        unreadable[""] = str(error.strerror)
+    if called:
+        versions = {(called, version_called(path, version)): marks for (_, version), marks in versions.items()}
+    return Seen(versions=versions, unreadable=unreadable)
+
+
+def _versions(model: str | Path) -> Iterator[tuple[str, Marks]]:
+    for folder in _folders(model):
+        if (marks := _marks(folder.path)) is not None:
+            yield folder.name, marks
+
+
+def _folders(path: str | Path) -> list[os.DirEntry[str]]:
+    with os.scandir(path) as entries:
+        return [entry for entry in entries if NAME_PATTERN.fullmatch(entry.name) and _is_folder(entry)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere
+        return False
+
+
+def _marks(folder: str | Path) -> Marks | None:
+    """Of all its files; None where it is no version, or went while we looked."""
+    try:
+        if not stat.S_ISREG(os.stat(os.path.join(folder, MODEL_FILE)).st_mode):
+            return None
+        return tuple(sorted(_files(folder, "")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _files(folder: str | Path, inside: str) -> Iterator[tuple[str, int, int]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path, f"{inside}{entry.name}/")
+            else:
+                with suppress(FileNotFoundError):  # it went, or is a link to nothing
+                    yield _mark(entry.path, inside + entry.name)
+
+
+def _mark(file: str | Path, name: str) -> tuple[str, int, int]:
+    found = os.stat(file)
+    return name, found.st_size, found.st_mtime_ns
+
+
+@final
+class Watch:
+    """What was seen before, and what of that was acted on."""
+
+    def __init__(self, seen: Seen) -> None:
+        """
+        Args:
+            seen: before anything was loaded.
+        """
+        self._before = dict(seen.versions)
+        self._done = dict(seen.versions)
+
+    def plan(self, seen: Seen) -> dict[str, set[str]]:
+        """By model, the versions that are to be looked at; none where one went. From now on they count as done."""
+        now = {**{key: marks for key, marks in self._before.items() if _hidden(key, seen)}, **seen.versions}
+        changed: dict[str, set[str]] = defaultdict(set)
+        for key in sorted(now.keys() | self._done.keys()):
+            marks = now.get(key)
+            if marks != self._done.get(key) and marks == self._before.get(key):
+                model, version = key
+                if marks is None:
+                    del self._done[key]
+                    _ = changed[model]
+                else:
+                    self._done[key] = marks
+                    changed[model].add(version)
+        self._before = now
+        return dict(changed)
+
+    def undo(self, model: str, versions: Collection[str]) -> None:
+        """These could not be looked at, so they are planned again."""
+        for version in versions:
+            self._done.pop((model, version), None)
+
+
+def _hidden(key: Key, seen: Seen) -> bool:
+    return "" in seen.unreadable or key[0] in seen.unreadable
+
+
+class Load(Protocol):
+    """`Crew.load`."""
+
+    async def __call__(self, model: str, versions: Collection[str] | None = None) -> None: ...
+
+
+@final
+class Watcher:
+    """Looks again and again."""
+
+    def __init__(self, path: Path, *, every_s: float, called: str = "") -> None:
+        """Look for the first time, which is to be before anything is loaded: what comes after it is noticed.
+
+        Args:
+            every_s: 0 is never.
+        """
+        self._path = path
+        self._called = called
+        self._every_s = every_s
+        self._unreadable: Mapping[str, str] = {}
+        self._watch = Watch(look(path, called=called) if every_s else Seen())
+
+    async def run(self, load: Load) -> None:
+        """Has `load` done whatever is new, until cancelled."""
+        while self._every_s:
+            await asyncio.sleep(self._every_s)
+            seen = await _in_a_thread(lambda: look(self._path, called=self._called))
+            self._tell(seen.unreadable)
+            for model, versions in self._watch.plan(seen).items():
+                await self._have_loaded(load, model, versions)
+
+    async def _have_loaded(self, load: Load, model: str, versions: set[str]) -> None:
+        said = ", ".join(sorted(versions)) or "none"
+        try:
+            await load(model, versions)
+        except LoadRefused as refused:
+            _log.warning("%s; what was served goes on", refused)
+        except EvalmodeError as error:  # nobody can load now
+            _log.warning("model '%s' was changed (versions: %s) and cannot be loaded yet: %s", model, said, error)
+            self._watch.undo(model, versions)
+        except Exception:
+            _log.exception("model '%s' was changed (versions: %s) and could not be loaded", model, said)
+        else:
+            if versions:
+                _log.info("model '%s' was changed and looked at again (versions: %s)", model, said)
+            else:
+                _log.info("a version of model '%s' was removed; what was served goes on", model)
+
+    def _tell(self, unreadable: Mapping[str, str]) -> None:
+        """Once for each trouble, and once for its end."""
+        for model in unreadable.keys() - self._unreadable.keys():
+            where = self._path / model if model else self._path
+            _log.warning("'%s' cannot be read: %s; what was served goes on", where, unreadable[model])
+        for model in self._unreadable.keys() - unreadable.keys():
+            _log.warning("'%s' can be read again", self._path / model if model else self._path)
+        self._unreadable = dict(unreadable)
+
+
+async def _in_a_thread(work: Callable[[], Seen]) -> Seen:
+    """Of its own, that may hang, and that nobody waits for when the process ends."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Seen] = loop.create_future()
+
+    def finish(seen: Seen) -> None:
+        if not done.done():
+            done.set_result(seen)
+
+    def run() -> None:
+        seen = work()
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(finish, seen)
+
+    threading.Thread(target=run, name="watch", daemon=True).start()
+    return await done

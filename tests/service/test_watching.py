@@ -1,0 +1,445 @@
+"""What is noticed in the folder of models, and when it is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Collection, Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from service import watching
+from service.bundle import MODEL_FILE, PASSPORT_FILE, Passport, digest
+from service.crew import Alone
+from service.errors import LoadRefused, NotReady
+from service.repository import Repository, load
+from service.runtime import place
+from service.settings import Settings
+from service.watching import Seen, Watch, Watcher, look
+from tests import graphs
+from tests.bundles import WEIGHT, golden_rows, table_model, write_table_bundle
+
+EVERY_S = 0.02
+
+
+def seen(**versions: str) -> Seen:
+    """By version, what its files are like now."""
+    return Seen(versions={("net", version[1:]): ((MODEL_FILE, 1, ord(mark)),) for version, mark in versions.items()})
+
+
+HIDDEN = Seen(unreadable={"": "Stale file handle"})
+
+
+@pytest.mark.parametrize(
+    ("looks", "planned"),
+    [
+        pytest.param([seen(v1="a"), seen(v1="a")], [{}, {}], id="nothing new"),
+        pytest.param([seen(v1="a", v2="a"), seen(v1="a", v2="a")], [{}, {"net": {"2"}}], id="new, and quiet"),
+        pytest.param([seen(v2="a"), seen(v2="b"), seen(v2="b")], [{}, {"net": set()}, {"net": {"2"}}], id="grows"),
+        pytest.param([seen(v1="b"), seen(v1="c"), seen(v1="a")], [{}, {}, {}], id="what it was again"),
+        pytest.param([seen(v1="b"), seen(v1="b"), seen(v1="b")], [{}, {"net": {"1"}}, {}], id="changed, once"),
+        pytest.param([seen(), seen(), seen()], [{}, {"net": set()}, {}], id="gone"),
+        pytest.param([seen(), seen(v1="a"), seen(v1="a")], [{}, {}, {}], id="gone for a moment"),
+        pytest.param([HIDDEN, HIDDEN, seen(v1="a")], [{}, {}, {}], id="not to be read for a while"),
+        pytest.param(
+            [seen(), seen(), seen(v1="a"), seen(v1="a")], [{}, {"net": set()}, {}, {"net": {"1"}}], id="mounted again"
+        ),
+    ],
+)
+def test_what_is_quiet_and_other_than_before_is_loaded(looks: list[Seen], planned: list[dict[str, set[str]]]) -> None:
+    watch = Watch(seen(v1="a"))
+    assert [watch.plan(one) for one in looks] == planned
+
+
+def test_what_could_not_be_loaded_is_planned_again() -> None:
+    watch = Watch(seen())
+    watch.plan(seen(v1="a"))
+    assert watch.plan(seen(v1="a")) == {"net": {"1"}}
+    watch.undo("net", {"1"})
+    assert watch.plan(seen(v1="a")) == {"net": {"1"}}
+    assert watch.plan(seen(v1="a")) == {}
+
+
+def test_a_look_finds_what_is_served(tmp_path: Path) -> None:
+    """A repository, a model, a bundle and a file; nothing with a dot, and nothing without a model."""
+    models = tmp_path / "models"
+    bundle = write_table_bundle(models, name="credit", version="3")
+    shutil.copytree(bundle, models / "credit" / ".4.half")
+    (models / "credit" / "5").mkdir()
+    for path in (models, models / "credit", bundle):
+        assert list(look(path).versions) == [("credit", "3")]
+    (marks,) = look(models).versions.values()
+    assert {name for name, _, _ in marks} >= {MODEL_FILE, PASSPORT_FILE, "test_data_set_0/input_0.pb"}
+    (tmp_path / "my net.onnx").touch()
+    assert list(look(tmp_path / "my net.onnx").versions) == [("my_net", "1")]
+    (models / "credit" / "6").symlink_to(tmp_path / "nowhere")
+    assert list(look(models).versions) == [("credit", "3")]
+
+
+def test_a_file_that_is_other_is_seen(tmp_path: Path) -> None:
+    """Its size, or its time in any direction."""
+    golden = write_table_bundle(tmp_path, name="credit") / "test_data_set_0" / "input_0.pb"
+    before = look(tmp_path)
+    os.utime(golden, ns=(0, 0))
+    set_back = look(tmp_path)
+    golden.write_bytes(golden.read_bytes() + b"x")
+    os.utime(golden, ns=(0, 0))
+    assert before != set_back != look(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_unreadable(tmp_path: Path) -> None:
+    assert look(tmp_path / "models") == Seen(unreadable={"": "No such file or directory"})
+
+
+def test_one_model_that_cannot_be_read_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table_bundle(tmp_path, name="closed")
+    write_table_bundle(tmp_path, name="open")
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    found = look(tmp_path)
+    assert (list(found.versions), dict(found.unreadable)) == ([("open", "1")], {"closed": "Permission denied"})
+
+
+# Over the real way
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """What is waited for happens in the file system, which tells nobody."""
+    for _ in range(int(20 / EVERY_S)):
+        if true():
+            return
+        await asyncio.sleep(EVERY_S)
+    raise AssertionError("it did not come to be in time")
+
+
+class House:
+    """A repository that is served and watched, with a file system that can be made to hang."""
+
+    def __init__(self, models: Path, settings: Settings) -> None:
+        self.models = models
+        self.watcher = Watcher(models, every_s=EVERY_S)
+        self.repository: Repository = load(models, place("cpu"), settings)
+        self.crew = Alone(self.repository)
+        self.loads: list[tuple[str, set[str]]] = []
+
+    async def load(self, model: str, versions: Collection[str] | None = None) -> None:
+        self.loads.append((model, set(versions or ())))
+        await self.crew.load(model, versions)
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        await until(true)
+
+    async def several_looks(self) -> None:
+        await asyncio.sleep(8 * EVERY_S)
+
+    def index(self) -> dict[str, tuple[str, str]]:
+        return {entry.version: (entry.state, entry.reason) for entry in self.repository.entries}
+
+
+def watched(
+    models: Path, scenario: Callable[[House], Coroutine[Any, Any, None]], settings: Settings | None = None
+) -> None:
+    async def run() -> None:
+        house = House(models, settings or Settings(threads=1, max_batch_rows=8))
+        watching = asyncio.create_task(house.watcher.run(house.load))
+        try:
+            await scenario(house)
+        finally:
+            watching.cancel()
+            await asyncio.wait([watching])
+
+    asyncio.run(run())
+
+
+def test_a_new_version_is_served_and_an_old_one_can_be_removed(tmp_path: Path) -> None:
+    """What is removed while it is served is served on, and the index says so; a copy put back changes nothing."""
+    models = tmp_path / "models"
+    write_table_bundle(models, name="table")
+
+    async def scenario(house: House) -> None:
+        write_table_bundle(models, name="table", version="2")
+        await house.until(lambda: house.repository.only().version == "2")
+        serving = house.repository.only()
+        shutil.move(models / "table" / "2", tmp_path / "aside")
+        await house.until(lambda: "its folder is gone" in house.index()["2"][1])
+        assert house.repository.only() is serving
+        shutil.move(tmp_path / "aside", models / "table" / "2")
+        await house.until(lambda: house.index()["2"] == ("READY", ""))
+        assert house.repository.only() is serving
+
+    watched(models, scenario)
+
+
+def test_nothing_new_is_no_work(tmp_path: Path) -> None:
+    """Nor is a folder that begins with a dot, nor a model that was unloaded by request."""
+    write_table_bundle(tmp_path, name="table")
+
+    async def scenario(house: House) -> None:
+        shutil.copytree(tmp_path / "table" / "1", tmp_path / "table" / ".2")
+        await house.several_looks()
+        assert house.loads == []
+        await house.crew.unload("table")
+        (tmp_path / "table" / ".2").rename(tmp_path / "table" / "2")
+        await house.until(lambda: len(house.loads) == 1)
+        await house.several_looks()
+        assert house.repository.models == ()
+        assert house.index() == {"1": ("UNAVAILABLE", "unloaded by request")}
+
+    watched(tmp_path, scenario)
+
+
+def test_a_new_model_is_served(tmp_path: Path) -> None:
+    write_table_bundle(tmp_path, name="table")
+
+    async def scenario(house: House) -> None:
+        write_table_bundle(tmp_path, name="rate", regression=True)
+        await house.until(lambda: len(house.repository.models) == 2)
+
+    watched(tmp_path, scenario)
+
+
+def test_a_folder_that_vanishes_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is served goes on, and what comes with it when it is back is loaded."""
+    models = tmp_path / "models"
+    write_table_bundle(models, name="table")
+
+    async def scenario(house: House) -> None:
+        serving = house.repository.only()
+        models.rename(tmp_path / "unmounted")
+        await house.until(lambda: "cannot be read" in caplog.text)
+        await house.several_looks()
+        assert caplog.text.count("cannot be read: No such file or directory; what was served goes on") == 1
+        assert house.repository.only() is serving
+        write_table_bundle(tmp_path / "unmounted", name="table", version="2")
+        (tmp_path / "unmounted").rename(models)
+        await house.until(lambda: house.repository.only().version == "2")
+        assert caplog.text.count("can be read again") == 1
+
+    with caplog.at_level(logging.WARNING):
+        watched(models, scenario)
+
+
+def test_a_file_system_that_hangs_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop goes on, and so does the end of the process: the thread is a daemon."""
+    write_table_bundle(tmp_path, name="table")
+    hangs, released = threading.Event(), threading.Event()
+
+    def hanging(path: Path, *, called: str) -> Seen:
+        hangs.set()
+        assert threading.current_thread().daemon
+        released.wait(20)
+        return look(path, called=called)
+
+    async def scenario(house: House) -> None:
+        monkeypatch.setattr(watching, "look", hanging)
+        await house.until(hangs.is_set)
+        await house.several_looks()
+        released.set()
+
+    watched(tmp_path, scenario)
+
+
+def test_who_cannot_load_now_tries_again(tmp_path: Path) -> None:
+    """All workers died, say."""
+    tried: list[str] = []
+
+    async def load_at_the_second_attempt(model: str, versions: Collection[str] | None = None) -> None:
+        tried.append(model)
+        if len(tried) == 1:
+            raise NotReady("the workers died")
+
+    async def scenario() -> None:
+        (tmp_path / "net").mkdir()
+        watcher = Watcher(tmp_path, every_s=EVERY_S)
+        task = asyncio.create_task(watcher.run(load_at_the_second_attempt))
+        write_table_bundle(tmp_path, name="net")
+        await until(lambda: len(tried) == 2)
+        await asyncio.sleep(5 * EVERY_S)
+        task.cancel()
+        assert tried == ["net", "net"]
+
+    asyncio.run(scenario())
+
+
+def test_0_is_never(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        await Watcher(tmp_path / "nothing", every_s=0).run(Alone(Repository((), **_empty(tmp_path))).load)
+
+    asyncio.run(scenario())
+
+
+def _empty(path: Path) -> dict[str, Any]:
+    return {"path": path, "placement": place("cpu"), "settings": Settings()}
+
+
+# What is refused
+
+
+def truncated(folder: Path) -> None:
+    (folder / MODEL_FILE).write_bytes((folder / MODEL_FILE).read_bytes()[:-40])
+
+
+def half_copied(folder: Path) -> None:
+    (folder / "test_data_set_0" / "output_0.pb").unlink()
+
+
+def bit_flipped(folder: Path) -> None:
+    """In a weight: the file is still a model, and would answer."""
+    content = bytearray((folder / MODEL_FILE).read_bytes())
+    content[content.index(WEIGHT.tobytes()) + 7] ^= 0x01
+    (folder / MODEL_FILE).write_bytes(bytes(content))
+
+
+def wrong_digest(folder: Path) -> None:
+    _sign(folder, lambda passport: passport.model_copy(update={"files": {**passport.files, MODEL_FILE: digest(b"")}}))
+
+
+def training_mode(folder: Path) -> None:
+    model = table_model()
+    norm = model.graph.node[0]
+    norm.attribute.append(helper.make_attribute("training_mode", 1))
+    norm.output.extend(["mean_out", "var_out"])
+    _replace(folder, model)
+
+
+def batch_dependent(folder: Path) -> None:
+    """The mean of the batch comes back in: no BatchNorm is to blame."""
+    model = table_model()
+    nodes = [
+        helper.make_node("ReduceMean", ["logits"], ["company"], axes=[0], keepdims=1),
+        helper.make_node("Sub", ["logits", "company"], ["alone"]),
+        helper.make_node("Add", ["alone", "company"], ["mixed"]),
+        helper.make_node("Mul", ["mixed", "company"], ["worse"]),
+        helper.make_node("Softmax", ["worse"], ["probabilities"]),
+    ]
+    del model.graph.node[-1]
+    model.graph.node.extend(nodes)
+    _replace(folder, model)
+
+
+def nan_statistics(folder: Path) -> None:
+    model = table_model()
+    (mean,) = [tensor for tensor in model.graph.initializer if tensor.name == "mean"]
+    mean.CopyFrom(onnx.numpy_helper.from_array(np.array([35.0, np.nan], dtype=np.float32), "mean"))
+    _replace(folder, model)
+
+
+def other_outputs(folder: Path) -> None:
+    golden = folder / "test_data_set_0" / "output_0.pb"
+    outputs = onnx.numpy_helper.to_array(onnx.TensorProto.FromString(golden.read_bytes()))
+    golden.write_bytes(onnx.numpy_helper.from_array(outputs + np.float32(0.01)).SerializeToString())
+    _sign(folder)
+
+
+def weights_elsewhere(folder: Path) -> None:
+    model = table_model()
+    (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == "weight"]
+    (folder.parent / "weights").write_bytes(weight.raw_data)
+    onnx.external_data_helper.set_external_data(weight, "../weights")
+    weight.ClearField("raw_data")
+    _replace(folder, model)
+
+
+def _replace(folder: Path, model: onnx.ModelProto) -> None:
+    (folder / MODEL_FILE).write_bytes(model.SerializeToString())
+    _sign(folder)
+
+
+def _sign(folder: Path, change: Callable[[Passport], Passport] = lambda passport: passport) -> None:
+    """A passport that fits the files, as a mistaken or a malicious exporter would write it."""
+    passport = Passport.model_validate_json((folder / PASSPORT_FILE).read_bytes())
+    files = {path: digest((folder / path).read_bytes()) for path in passport.files}
+    passport = change(passport.model_copy(update={"files": files}))
+    (folder / PASSPORT_FILE).write_text(passport.model_dump_json())
+
+
+@pytest.mark.parametrize("by", ["watching", "request"])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (half_copied, "'test_data_set_0/output_0.pb' cannot be read"),
+        (truncated, "refused at the structure door"),
+        (bit_flipped, "refused at the digest door"),
+        (wrong_digest, "refused at the digest door"),
+        (training_mode, "is in training mode"),
+        (batch_dependent, "refused at the"),
+        (nan_statistics, "refused at the structure door"),
+        (other_outputs, "refused at the golden door"),
+        (weights_elsewhere, "lies outside the bundle's folder"),
+    ],
+)
+def test_what_is_refused_leaves_what_is_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, by: str, spoil: Callable[[Path], None], reason: str
+) -> None:
+    """The old version answers on, the index has the reason, the log has it once; when it is mended it is served."""
+    models = tmp_path / "models"
+    write_table_bundle(models, name="table")
+
+    async def scenario(house: House) -> None:
+        serving = house.repository.only()
+        before = serving.admitted.runtime.run(golden_rows())
+        made = write_table_bundle(tmp_path / "made", name="table", version="2")
+        spoil(made)
+        if (made.parent / "weights").exists():
+            shutil.copy(made.parent / "weights", models / "table")
+        made.rename(models / "table" / "2")
+        if by == "request":
+            with pytest.raises(LoadRefused, match="version 2 of model 'table' was"):
+                await house.crew.load("table")
+        else:
+            await house.until(lambda: house.loads == [("table", {"2"})])
+            await house.until(lambda: "2" in house.index())
+            await house.several_looks()
+            assert house.loads == [("table", {"2"})]  # not again and again
+            assert caplog.text.count("version 2 of model 'table' was") == 1
+        state, said = house.index()["2"]
+        assert (state, house.index()["1"]) == ("UNAVAILABLE", ("READY", ""))
+        assert reason in said
+        assert house.repository.only() is serving
+        assert np.array_equal(serving.admitted.runtime.run(golden_rows())[0], before[0])
+        shutil.rmtree(models / "table" / "2")
+        write_table_bundle(models, name="table", version="2")
+        await (house.crew.load("table") if by == "request" else house.until(lambda: house.index()["2"][0] == "READY"))
+        assert house.repository.only().version == "2"
+
+    with caplog.at_level(logging.WARNING):
+        watched(models, scenario, Settings(threads=1, max_batch_rows=8))
+
+
+def test_what_is_spoiled_where_it_is_served_is_served_as_it_was(tmp_path: Path) -> None:
+    """It is one entry of the index, which says both; touched and the same, it is not loaded anew."""
+    folder = write_table_bundle(tmp_path, name="table")
+
+    async def scenario(house: House) -> None:
+        serving = house.repository.only()
+        os.utime(folder / MODEL_FILE, ns=(5, 5))
+        await house.until(lambda: len(house.loads) == 1)
+        await house.several_looks()
+        assert house.repository.only() is serving
+        (folder / MODEL_FILE).write_bytes(graphs.batchnorm_model(training=True).SerializeToString())
+        await house.until(lambda: "served as it was before its files changed" in house.index()["1"][1])
+        assert house.index()["1"][0] == "READY"
+        assert house.repository.only() is serving
+
+    watched(tmp_path, scenario)
+
+
+def test_the_one_model_may_be_called_otherwise_than_its_folder(tmp_path: Path) -> None:
+    """As `--name` has it: what changes is looked at under that name."""
+    write_table_bundle(tmp_path, name="table", version="3")
+    assert list(look(tmp_path, called="judge").versions) == [("judge", "3")]
+    assert list(look(tmp_path / "table" / "3", called="judge").versions) == [("judge", "3")]
