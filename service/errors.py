@@ -37,6 +37,7 @@ The sentence names what, got, wanted, and what to do. A test compares this drawi
         ├── UnsupportedMediaType     415 unsupported_media_type
         ├── UnsupportedEncoding      415 unsupported_encoding
         ├── QueueFull                429 queue_full
+        ├── HeadersTooLarge          431 headers_too_large
         ├── ClientLeft               499 client_left
         ├── NotReady                 503 not_ready
         ├── DeadlineExceeded         504 deadline_exceeded
@@ -353,6 +354,19 @@ class QueueFull(RequestError):
     def __init__(self, *, rows: int, wait_s: float) -> None:
         self.retry_after_s = max(1, math.ceil(wait_s))
         super().__init__(f"{rows} rows are waiting already; try again in {self.retry_after_s} s")
+
+
+class HeadersTooLarge(RequestError):
+    """The head of the request is larger than any that is meant; the connection is closed."""
+
+    status = 431
+    code = "headers_too_large"
+
+    def __init__(self, url_bytes: int, headers: int, head_bytes: int) -> None:
+        super().__init__(
+            f"the head of the request is too large; it takes a URL of at most {url_bytes} bytes and {headers} headers, "
+            f"{head_bytes} bytes together"
+        )
 
 
 class ClientLeft(RequestError):
