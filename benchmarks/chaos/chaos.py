@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,8 @@ class Report:
     outcome: Outcome
     before: Held
     after: Held
+    logged: Sequence[str]
+    """What the server had to say about it that is not about a request."""
 
     @property
     def faults(self) -> list[str]:
@@ -61,7 +63,7 @@ class Report:
         ]
         if after.memory_mb > before.memory_mb + GROWTH_MB * after.processes:
             found.append(f"memory: {before.memory_mb:.0f} MB before, {after.memory_mb:.0f} MB afterwards")
-        return found
+        return [*found, *(f"the server logged: {line}" for line in self.logged)]
 
     def table(self) -> Table:
         statuses = sorted({status for counted in self.outcome.statuses.values() for status in counted})
@@ -118,4 +120,8 @@ def chaos(folder: Path, *, requests: int, connections: int, seed: int, workers: 
         outcome = send_all(server.port, drawn(range(requests)), connections=connections)
         seconds = time.perf_counter() - started_s
         after = server.held_when(lambda held: not held.connections and held.descriptors <= before.descriptors)
-    return Report(workers=workers, seed=seed, seconds=seconds, outcome=outcome, before=before, after=after)
+    said = (folder / "log").read_text(errors="replace").splitlines()
+    logged = [line for line in said if any(word in line for word in ("Traceback", "Error", "ERROR", "exception"))]
+    return Report(
+        workers=workers, seed=seed, seconds=seconds, outcome=outcome, before=before, after=after, logged=logged
+    )
