@@ -67,9 +67,9 @@ class AdmissionRefused(Refused):
     """A bundle did not pass one of the four doors; `door` says which."""
 
     def __init__(self, door: str, reason: str) -> None:
-        super().__init__(f"refused at the {door} door: {reason}")
         self.door = door
-        self.reason = reason
+        self.reason = printable(reason)
+        super().__init__(f"refused at the {door} door: {self.reason}")
 
 
 class DeviceUnavailable(Refused):
@@ -436,6 +436,11 @@ def listing(names: Iterable[str], most: int = 30) -> str:
     names = list(names)
     shown = ", ".join(f"'{name}'" for name in names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def printable(text: str) -> str:
+    """With what a terminal or a log would obey written out: a file may have any name inside it."""
+    return "".join(it if it.isprintable() else it.encode("unicode_escape").decode() for it in text)
 
 
 def first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, final
@@ -28,12 +29,15 @@ from service.errors import (
     WrongCall,
     first_line,
     listing,
+    printable,
 )
+from service.limits import SHARE, bounded_memory, bounded_time, free_memory_bytes
 from service.rehearsal import Batching, rehearse
-from service.runtime import Placement
+from service.runtime import Deadline, Placement
 from service.settings import Settings
 from service.signature import SampleReader
 from service.statistics import Statistics
+from service.trial import tried
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +113,7 @@ def _found(path: Path) -> list[Found]:
         raise WrongCall(f"there is nothing at '{path}'; give a model repository, a bundle or an ONNX file")
     if (path / MODEL_FILE).is_file():
         whole = path.resolve()
-        return [Found(name=whole.parent.name, version=whole.name, path=path)]
+        return [Found(name=bundles.safe_name(whole.parent.name), version=bundles.safe_name(whole.name), path=path)]
     if found := list(_versions(path)):
         return found
     if found := [version for model in _folders(path) for version in _versions(model)]:
@@ -123,7 +127,7 @@ def _found(path: Path) -> list[Found]:
 
 def _versions(model_folder: Path) -> Iterator[Found]:
     for version in bundles.versions_in(model_folder):
-        yield Found(name=model_folder.resolve().name, version=version, path=model_folder / version)
+        yield Found(name=bundles.safe_name(model_folder.resolve().name), version=version, path=model_folder / version)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -167,7 +171,7 @@ class Repository:
             versions = [version.version for version in found]
             serving = self._live[name].version
             found = found[versions.index(serving) + 1 :] or found[-1:] if serving in versions else found
-        return tuple(_newest(found, self._placement, self._settings, lambda _: None))
+        return tuple(_newest(found, self._placement, self._settings, lambda _: None, load=_load_tried))
 
     def swap(self, name: str, entries: tuple[Entry, ...]) -> None:
         """From now on a model is what was found of it; where nothing of that was admitted, it goes on as it was."""
@@ -238,9 +242,8 @@ def load(
     Raises:
         WrongCall: there is nothing that could be a model.
     """
-    return Repository(
-        _newest(find(path, settings.name), placement, settings, tell), path=path, placement=placement, settings=settings
-    )
+    entries = _newest(find(path, settings.name), placement, settings, tell, load=load_bounded)
+    return Repository(entries, path=path, placement=placement, settings=settings)
 
 
 def load_these(
@@ -248,14 +251,19 @@ def load_these(
 ) -> list[Entry]:
     """Admit these versions, by name and version, and no others; one that is not there is left out."""
     return [
-        _load(found, placement, settings)
+        load_bounded(found, placement, settings)
         for found in find(path, settings.name)
         if (found.name, found.version) in versions
     ]
 
 
 def _newest(
-    found: Sequence[Found], placement: Placement, settings: Settings, tell: Callable[[Entry], None]
+    found: Sequence[Found],
+    placement: Placement,
+    settings: Settings,
+    tell: Callable[[Entry], None],
+    *,
+    load: Callable[[Found, Placement, Settings], Entry],
 ) -> list[Entry]:
     """The newest version of each model that can be admitted, and those that were refused before it.
 
@@ -267,7 +275,7 @@ def _newest(
     for version in reversed(found):
         if version.name in done:
             continue
-        entry = _load(version, placement, settings)
+        entry = load(version, placement, settings)
         tell(entry)
         entries.append(entry)
         if entry.live is not None:
@@ -275,15 +283,39 @@ def _newest(
     return entries
 
 
-def _load(found: Found, placement: Placement, settings: Settings) -> Entry:
+def _load_tried(found: Found, placement: Placement, settings: Settings) -> Entry:
+    """`_load` for a process that already serves: only what another process came back from."""
+    if reason := tried(found.path, found.name, found.version, placement, settings):
+        return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
+    return _load(found, placement, settings, memory_bytes=None)
+
+
+def load_bounded(found: Found, placement: Placement, settings: Settings) -> Entry:
+    """`_load` for a process that serves nothing yet: it may take most of the memory that is free, and no more."""
+    return _load(found, placement, settings, memory_bytes=int(free_memory_bytes() * SHARE))
+
+
+def _load(found: Found, placement: Placement, settings: Settings, *, memory_bytes: int | None) -> Entry:
+    deadline = Deadline()
+    memory = nullcontext() if memory_bytes is None else bounded_memory(memory_bytes)
     try:
-        admitted = admit(found.read(), placement, threads=settings.threads, max_batch_rows=settings.max_batch_rows)
-        batching = rehearse(admitted, settings.numerics)
+        with bounded_time(settings.admission_limit_s, deadline.end), memory:
+            admitted = admit(
+                found.read(),
+                placement,
+                threads=settings.threads,
+                max_batch_rows=settings.max_batch_rows,
+                deadline=deadline,
+            )
+            batching = rehearse(admitted, settings.numerics)
     except AdmissionRefused as refusal:
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=str(refusal))
+    except MemoryError:
+        reason = "not admitted: it asks for more memory than is free"
+        return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
     except Exception as error:  # a file that nobody foresaw must not keep the other models from being served
         _log.exception("admission of %s/%s broke", found.name, found.version)
-        reason = f"not admitted: admission broke on it ({first_line(error)}); the log has the traceback"
+        reason = f"not admitted: admission broke on it ({printable(first_line(error))}); the log has the traceback"
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
     statistics = Statistics()
     coalescer = Coalescer(
