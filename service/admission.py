@@ -38,8 +38,8 @@ MakeRuntime = Callable[[bytes], Runtime]
 SUBJECTS = 8
 """Rows that independence is tried with: enough that each has different neighbours, few enough for a large model."""
 
-MOST_NODES = 50_000
-"""Of a graph with its functions written out: more than the largest networks have, and loaded within half a minute."""
+MOST_NODES = 20_000
+"""Of a graph with its functions written out: more than networks have, and the engine's time grows with their square."""
 
 LONGEST_RUN_S = 0.1
 """A batch that takes longer, as far as one row tells, is made of `SUBJECTS` rows only: company must not cost more than

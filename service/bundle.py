@@ -270,21 +270,21 @@ def _read(folder: Path, path: str, *, most_bytes: int | None = None) -> bytes:
         _check_inside(folder, path)
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise AdmissionRefused("digest", f"'{path}' cannot be read: {reason}") from error
-    with os.fdopen(handle, "rb") as file:
-        found = os.fstat(handle)
-        inside = _check_inside(folder, path)
+    try:
+        found, inside = os.fstat(handle), _check_inside(folder, path)
         if inside is None or not os.path.samestat(inside, found):
-            raise AdmissionRefused("structure", f"'{path}' is exchanged while it is being read")
+            raise AdmissionRefused("structure", f"'{path}' was exchanged while it was being read")
         if not stat.S_ISREG(found.st_mode):
             raise AdmissionRefused("structure", f"'{path}' is not a plain file")
         most_bytes = machine_memory_bytes() if most_bytes is None else most_bytes
         if found.st_size > most_bytes:
             raise AdmissionRefused("structure", f"'{path}' has {found.st_size} bytes; at most {most_bytes} are read")
-        try:
-            content = file.read(found.st_size)
-        except OSError as error:
-            raise AdmissionRefused("digest", f"'{path}' cannot be read: {error.strerror}") from error
-    return content
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(found.st_size)
+    except OSError as error:
+        raise AdmissionRefused("digest", f"'{path}' cannot be read: {error.strerror}") from error
+    finally:
+        os.close(handle)
 
 
 def _check_inside(folder: Path, path: str) -> os.stat_result | None:

@@ -19,6 +19,9 @@ if sys.platform != "win32":
 SHARE = 0.75
 """Of the memory that is free, for one admission."""
 
+GRACE_S = 15.0
+"""For what the engine does not interrupt, such as computing with constants while it loads a graph."""
+
 _NO_LIMIT = 2**62
 
 

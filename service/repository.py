@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from service.errors import (
     listing,
     printable,
 )
-from service.limits import SHARE, bounded_memory, bounded_time, free_memory_bytes
+from service.limits import GRACE_S, SHARE, bounded_memory, bounded_time, free_memory_bytes
 from service.rehearsal import Batching, rehearse
 from service.runtime import Deadline, Placement
 from service.settings import Settings
@@ -291,8 +292,21 @@ def _load_tried(found: Found, placement: Placement, settings: Settings) -> Entry
 
 
 def load_bounded(found: Found, placement: Placement, settings: Settings) -> Entry:
-    """`_load` for a process that serves nothing yet: it may take most of the memory that is free, and no more."""
-    return _load(found, placement, settings, memory_bytes=int(free_memory_bytes() * SHARE))
+    """`_load` for a process that serves nothing yet: it may take most of the memory that is free, and no more.
+
+    Where even the engine does not come back, the process ends: nobody is served by it, and nobody would ever be.
+    """
+
+    def give_up() -> None:
+        _log.critical(
+            "%s/%s does not come to an end while it is loaded; take it away, or raise --admission-limit-s",
+            found.name,
+            found.version,
+        )
+        os._exit(1)
+
+    with bounded_time(settings.admission_limit_s + GRACE_S, give_up):
+        return _load(found, placement, settings, memory_bytes=int(free_memory_bytes() * SHARE))
 
 
 def _load(found: Found, placement: Placement, settings: Settings, *, memory_bytes: int | None) -> Entry:

@@ -17,11 +17,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from service.limits import GRACE_S
 from service.runtime import Placement
 from service.settings import Settings
-
-GRACE_S = 15.0
-"""For the start of a process, and for what the engine does not interrupt."""
 
 
 def tried(path: Path, name: str, version: str, placement: Placement, settings: Settings) -> str:
@@ -37,7 +35,7 @@ def tried(path: Path, name: str, version: str, placement: Placement, settings: S
         "placement": asdict(placement),
         "settings": settings.model_dump(mode="json"),
     }
-    limit_s = settings.admission_limit_s + GRACE_S
+    limit_s = settings.admission_limit_s + 2 * GRACE_S
     try:
         ended = subprocess.run(
             [sys.executable, "-P", "-m", "service.try_version"],

@@ -20,6 +20,9 @@ from tests.service.hostile import REFUSED, a_loop_without_end
 
 LIMIT_S = 1.0
 MEMORY_BYTES = 2**30
+BEGUN_BYTES = 300 * 2**20
+"""What a process has that has loaded nothing yet."""
+
 OVERHEAD_S = 15.0
 """For the rest of an admission, on a machine that is busy."""
 
@@ -39,7 +42,7 @@ for path in sorted(root.iterdir()):
     start = time.perf_counter()
     entry = load_bounded(Found(name=path.name, version="1", path=path / "1"), placement, settings)
     said = {"state": entry.state, "reason": entry.reason, "seconds": time.perf_counter() - start}
-    said["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    said["peak_bytes"] = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if "VmHWM" in line)
     print(json.dumps([path.name, said]), flush=True)
 """
 
@@ -77,7 +80,7 @@ def test_it_is_refused_in_time(verdicts: dict[str, Any], name: str) -> None:
 def test_what_is_well_meant_is_served_after_all_of_them(verdicts: dict[str, Any]) -> None:
     """Within the same bounds, in the same process."""
     assert verdicts["z_well_meant"]["state"] == "READY"
-    assert verdicts["z_well_meant"]["peak_bytes"] < MEMORY_BYTES + 400 * 2**20
+    assert verdicts["z_well_meant"]["peak_bytes"] < MEMORY_BYTES + BEGUN_BYTES
 
 
 def test_a_version_is_tried_elsewhere_first(tmp_path: Path) -> None:
