@@ -362,7 +362,7 @@ class HeadersTooLarge(RequestError):
     status = 431
     code = "headers_too_large"
 
-    def __init__(self, url_bytes: int, headers: int, head_bytes: int) -> None:
+    def __init__(self, *, url_bytes: int, headers: int, head_bytes: int) -> None:
         super().__init__(
             f"the head of the request is too large; it takes a URL of at most {url_bytes} bytes and {headers} headers, "
             f"{head_bytes} bytes together"

@@ -47,35 +47,37 @@ def declared(name: str, *dims: int, raw_data: bytes | None = None) -> onnx.Tenso
 def added(*nodes: onnx.NodeProto, constants: Sequence[onnx.TensorProto] = ()) -> bytes:
     """What these nodes make as `z`, however large, is summed up and added to x."""
     total = helper.make_node("ReduceSum", ["z"], ["total"], keepdims=0)
-    return model([*nodes, total, helper.make_node("Add", ["x", "total"], ["y"])], constants).SerializeToString()
+    return bytes(model([*nodes, total, helper.make_node("Add", ["x", "total"], ["y"])], constants).SerializeToString())
 
 
 @_refused("TensorProto")
 def dimensions_without_data() -> bytes:
-    return model([helper.make_node("Add", ["x", "w"], ["y"])], [declared("w", 2**40)]).SerializeToString()
+    return bytes(model([helper.make_node("Add", ["x", "w"], ["y"])], [declared("w", 2**40)]).SerializeToString())
 
 
 @_refused("too small for the declared shape")
 def dimensions_with_little_data() -> bytes:
     weight = declared("w", 2**40, raw_data=b"1234")
-    return model([helper.make_node("Add", ["x", "w"], ["y"])], [weight]).SerializeToString()
+    return bytes(model([helper.make_node("Add", ["x", "w"], ["y"])], [weight]).SerializeToString())
 
 
 @_refused("overflow")
 def dimensions_that_overflow() -> bytes:
     weight = declared("w", 2**62, 2**62, raw_data=b"1234")
-    return model([helper.make_node("Add", ["x", "w"], ["y"])], [weight]).SerializeToString()
+    return bytes(model([helper.make_node("Add", ["x", "w"], ["y"])], [weight]).SerializeToString())
 
 
 @_refused("Negative dimension")
 def negative_dimensions() -> bytes:
-    return model([helper.make_node("Add", ["x", "w"], ["y"])], [declared("w", -3, raw_data=b"")]).SerializeToString()
+    return bytes(
+        model([helper.make_node("Add", ["x", "w"], ["y"])], [declared("w", -3, raw_data=b"")]).SerializeToString()
+    )
 
 
 @_refused("topologically sorted")
 def a_circle_of_nodes() -> bytes:
     nodes = [helper.make_node("Add", ["x", "b"], ["y"]), helper.make_node("Relu", ["y"], ["b"])]
-    return model(nodes).SerializeToString()
+    return bytes(model(nodes).SerializeToString())
 
 
 def _functions(bodies: Sequence[Sequence[str]]) -> bytes:
@@ -89,7 +91,7 @@ def _functions(bodies: Sequence[Sequence[str]]) -> bytes:
         ]
         made.functions.append(helper.make_function("f", f"F{number}", ["t0"], [f"t{len(calls)}"], nodes, opsets))
     made.opset_import.append(opsets[1])
-    return made.SerializeToString()
+    return bytes(made.SerializeToString())
 
 
 @_refused("recursive")
@@ -109,7 +111,7 @@ def graphs_nested_deeply() -> bytes:
         attribute = onnx.AttributeProto(name="then_branch", type=onnx.AttributeProto.GRAPH).SerializeToString()
         node = b"\x22\x02If" + _field(5, attribute + _field(6, body))
         body = _field(1, node)
-    return model([]).SerializeToString() + _field(7, body)
+    return bytes(model([]).SerializeToString() + _field(7, body))
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -124,7 +126,7 @@ def _field(number: int, content: bytes) -> bytes:
 def an_operator_of_its_own() -> bytes:
     made = model([helper.make_node("ReadsFiles", ["x"], ["y"], domain="evil")])
     made.opset_import.append(helper.make_opsetid("evil", 1))
-    return made.SerializeToString()
+    return bytes(made.SerializeToString())
 
 
 def _loop(*, start: str, keeps: bool) -> bytes:
@@ -193,30 +195,33 @@ def rows_of_4_tb() -> bytes:
     made = graphs.mixing_model()
     made.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 2**40
     made.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2**40
-    return made.SerializeToString()
+    return bytes(made.SerializeToString())
 
 
 @_refused("is random")
 def noise() -> bytes:
-    return graphs.random_model().SerializeToString()
+    return bytes(graphs.random_model().SerializeToString())
 
 
 @_refused("single static assignment")
 def a_name_twice() -> bytes:
-    return model([helper.make_node(kind, ["x"], ["y"]) for kind in ("Relu", "Abs")]).SerializeToString()
+    return bytes(model([helper.make_node(kind, ["x"], ["y"]) for kind in ("Relu", "Abs")]).SerializeToString())
 
 
 @_refused("no constant running_mean")
 def statistics_of_text() -> bytes:
-    text = [helper.make_tensor(name, TensorProto.STRING, [3], [b"\xff", b"a", b"b"]) for name in ("mean", "var")]
+    text = [
+        onnx.TensorProto(name=name, data_type=8, dims=[3], string_data=[b"\xff", b"a", b"b"])
+        for name in ("mean", "var")
+    ]
     others = [constant(name, np.ones(3, np.float32)) for name in ("gamma", "beta")]
     node = helper.make_node("BatchNormalization", ["x", "gamma", "beta", "mean", "var"], ["y"])
-    return model([node], [*others, *text]).SerializeToString()
+    return bytes(model([node], [*others, *text]).SerializeToString())
 
 
 @_refused(r"BatchNormalization 'a\x1b[2J\nnet/1  ready\r' is in training mode")
 def a_name_that_a_terminal_obeys() -> bytes:
-    return graphs.batchnorm_model(training=True, name="a\x1b[2J\nnet/1  ready\r").SerializeToString()
+    return bytes(graphs.batchnorm_model(training=True, name="a\x1b[2J\nnet/1  ready\r").SerializeToString())
 
 
 @_refused("cannot be parsed")

@@ -167,12 +167,12 @@ TENSORS = {
     "absurd dimensions": onnx.TensorProto(data_type=1, dims=[2**40], raw_data=b"1234").SerializeToString(),
     "negative dimensions": onnx.TensorProto(data_type=1, dims=[-1, 2], raw_data=b"12345678").SerializeToString(),
     "dimensions that overflow": onnx.TensorProto(data_type=1, dims=[2**32, 2**32], raw_data=b"").SerializeToString(),
-    "no dimension": numpy_helper.from_array(np.float32(1)).SerializeToString(),
-    "text": onnx.helper.make_tensor("t", TensorProto.STRING, [12, 2], [b"\xff"] * 24).SerializeToString(),
+    "no dimension": numpy_helper.from_array(np.array(1, np.float32)).SerializeToString(),
+    "text": onnx.TensorProto(data_type=8, dims=[12, 2], string_data=[b"\xff"] * 24).SerializeToString(),
     "another width": numpy_helper.from_array(np.ones((12, 3), np.float32)).SerializeToString(),
     "no type": onnx.TensorProto(dims=[1], data_type=99).SerializeToString(),
     "elsewhere": onnx.TensorProto(
-        data_type=1, dims=[3], data_location=1, external_data=[{"key": "location", "value": "/etc/hostname"}]
+        data_type=1, dims=[3], data_location="EXTERNAL", external_data=[{"key": "location", "value": "/etc/hostname"}]
     ).SerializeToString(),
 }
 
