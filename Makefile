@@ -36,6 +36,7 @@ bench: $(DEV)/installed ## What is claimed, measured
 	$(DEV)/bin/python -m benchmarks.fold
 	$(DEV)/bin/python -m benchmarks.export_large
 	$(DEV)/bin/python -m benchmarks.steady
+	$(DEV)/bin/python -m benchmarks.chaos
 	$(DEV)/bin/python -m benchmarks.serving
 
 image-test: ## Build the container image, start it, predict from outside, print its size

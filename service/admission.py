@@ -28,14 +28,18 @@ from service.errors import AdmissionRefused, first_line
 from service.folding import folded_if_same, trials
 from service.graph.fold import Fold
 from service.graph.scan import BatchNorm, scan
-from service.numerics import largest_difference, made_up_rows, rounding_bounds, same_bits
-from service.runtime import OnnxRuntime, Placement, Runtime
+from service.graph.size import nodes_inlined
+from service.numerics import largest_difference, largest_value, made_up_rows, rounding_bounds, same_bits
+from service.runtime import Deadline, OnnxRuntime, Placement, Runtime
 from service.signature import Accepted, Signature, TensorSpec
 
 MakeRuntime = Callable[[bytes], Runtime]
 
 SUBJECTS = 8
 """Rows that independence is tried with: enough that each has different neighbours, few enough for a large model."""
+
+MOST_NODES = 20_000
+"""Of a graph with its functions written out: more than networks have, and the engine's time grows with their square."""
 
 LONGEST_RUN_S = 0.1
 """A batch that takes longer, as far as one row tells, is made of `SUBJECTS` rows only: company must not cost more than
@@ -78,6 +82,7 @@ def admit(
     threads: int = 0,
     max_batch_rows: int = 64,
     longest_run_s: float = LONGEST_RUN_S,
+    deadline: Deadline | None = None,
 ) -> Admitted:
     """Lead a bundle through the four doors.
 
@@ -85,12 +90,16 @@ def admit(
         bundle: as read, not changed.
         max_batch_rows: the largest batch that independence is tested at, and that may be served.
         longest_run_s: no larger batch than runs in that time, as far as one row tells, but always `SUBJECTS` rows.
+        deadline: when it passes, the bundle is refused; None: never.
 
     Raises:
         AdmissionRefused: a door did not open; its sentence says which, what was measured and what was wanted.
     """
     return admit_with(
-        bundle, lambda model: OnnxRuntime(model, placement, threads=threads), max_batch_rows, longest_run_s
+        bundle,
+        lambda model: OnnxRuntime(model, placement, threads=threads, deadline=deadline),
+        max_batch_rows,
+        longest_run_s,
     )
 
 
@@ -176,6 +185,10 @@ def check_structure(model: onnx.ModelProto) -> tuple[BatchNorm, ...]:
         onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         raise AdmissionRefused("structure", f"model.onnx is not a valid ONNX model: {first_line(error)}") from error
+    if (nodes := nodes_inlined(model)) > MOST_NODES:
+        raise AdmissionRefused(
+            "structure", f"it has {nodes} nodes, functions written out; at most {MOST_NODES} are served"
+        )
     found = scan(model)
     if found.faults:
         more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
@@ -253,6 +266,17 @@ def check_golden(bundle: Bundle, runtime: Runtime, golden_inputs: Sequence[NDArr
             raise AdmissionRefused("golden", f"the passport has no tolerance for output '{spec.name}'")
         if have.shape != want.shape:
             raise AdmissionRefused("golden", f"output '{spec.name}' has shape {have.shape}; PyTorch gave {want.shape}")
+        if have.dtype != want.dtype:
+            raise AdmissionRefused(
+                "golden", f"output '{spec.name}' is {have.dtype}; the golden samples have {want.dtype}"
+            )
+        largest = largest_value(want)
+        if 0 < largest <= tolerance.absolute:
+            raise AdmissionRefused(
+                "golden",
+                f"the tolerance {tolerance.absolute:.3g} of output '{spec.name}' says nothing: its largest golden "
+                f"value is {largest:.3g}, so that zeros would pass",
+            )
         difference = largest_difference(have, want)
         if not difference <= tolerance.absolute:
             raise AdmissionRefused(
@@ -389,6 +413,8 @@ def _rounding_bounds(
 def _run(runtime: Runtime, tensors: Sequence[NDArray[Any]], door: str) -> list[NDArray[Any]]:
     try:
         return runtime.run(tensors)
+    except AdmissionRefused:
+        raise
     except Exception as error:  # onnxruntime raises a class of its own for each status
         rows = tensors[0].shape[0] if tensors else 0
         raise AdmissionRefused(door, f"the model failed on a batch of {rows}: {first_line(error)}") from error

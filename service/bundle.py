@@ -3,6 +3,7 @@
 Rule 1: `read` looks at every file once; what is digested and what is loaded are the same bytes.
 Rule 2: `write` makes a folder appear whole or not at all, and never overwrites a version.
 Rule 3: nothing here judges; the doors in `service.admission` do.
+Rule 4: a bundle may come from anybody. Only plain files inside its folder are read, and none that memory cannot hold.
 
 The folder is also a version folder of a Triton repository, and `test_data_set_0` is ONNX's own layout for test data
 (`input_0.pb`, `output_0.pb`: TensorProto files in the order of the graph's inputs and outputs).
@@ -11,6 +12,8 @@ The folder is also a version folder of a Triton repository, and `test_data_set_0
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +26,10 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from service.errors import AdmissionRefused
+from service.errors import AdmissionRefused, first_line
 from service.files import whole_folder
 from service.graph import external
+from service.limits import machine_memory_bytes
 from service.places import MODEL_FILE as MODEL_FILE
 from service.places import checked_name as checked_name
 from service.places import plain_name as plain_name
@@ -34,6 +38,8 @@ from service.signature import Signature
 
 PASSPORT_FILE = "model.json"
 GOLDEN_FOLDER = "test_data_set_0"
+LONGEST_PASSPORT_BYTES = 64 * 2**20
+"""Of tens of thousands of layers."""
 
 
 class _Value(BaseModel):
@@ -72,7 +78,7 @@ class LayerSummary(_Value):
 class Tolerance(_Value):
     """How far an output may lie from PyTorch's in eval mode, from the float error analysis of this network."""
 
-    absolute: float
+    absolute: float = Field(ge=0, allow_inf_nan=False)
 
 
 class GoldenSummary(_Value):
@@ -149,10 +155,14 @@ class Bundle:
             raise AdmissionRefused("structure", str(error)) from error
 
     def golden(self, part: Literal["input", "output"]) -> list[NDArray[Any]]:
-        """The golden inputs or outputs, in the graph's order, each with a batch axis. Empty when there are none."""
+        """The golden inputs or outputs, in the graph's order, each with a batch axis. Empty when there are none.
+
+        Raises:
+            AdmissionRefused: one of them is not a tensor with a batch axis and its data.
+        """
         arrays: list[NDArray[Any]] = []
-        while (content := self.contents.get(f"{GOLDEN_FOLDER}/{part}_{len(arrays)}.pb")) is not None:
-            arrays.append(numpy_helper.to_array(onnx.TensorProto.FromString(content)))
+        while (content := self.contents.get(path := f"{GOLDEN_FOLDER}/{part}_{len(arrays)}.pb")) is not None:
+            arrays.append(_golden(path, content))
         return arrays
 
 
@@ -172,12 +182,12 @@ def read(folder: Path, *, name: str, version: str) -> Bundle:
     Raises:
         AdmissionRefused: `model.onnx` or a file named by the passport is not readable, or the passport is not valid.
     """
-    contents = {MODEL_FILE: _read(folder, MODEL_FILE)}
+    contents = {MODEL_FILE: _read(folder, MODEL_FILE, most_bytes=external.MOST_BYTES)}
     _read_weights(folder, contents)
     if not (folder / PASSPORT_FILE).is_file():
         return Bundle(name=name, version=version, folder=folder, contents=contents, passport=None)
     try:
-        passport = Passport.model_validate_json(_read(folder, PASSPORT_FILE))
+        passport = Passport.model_validate_json(_read(folder, PASSPORT_FILE, most_bytes=LONGEST_PASSPORT_BYTES))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
@@ -190,7 +200,7 @@ def read(folder: Path, *, name: str, version: str) -> Bundle:
 
 def read_plain(file: Path) -> Bundle:
     """A plain ONNX file as a bundle without a passport, version 1, named after the file."""
-    contents = {MODEL_FILE: _read(file.parent, file.name)}
+    contents = {MODEL_FILE: _read(file.parent, file.name, most_bytes=external.MOST_BYTES)}
     _read_weights(file.parent, contents)
     return Bundle(name=plain_name(file), version="1", folder=file.parent, contents=contents, passport=None)
 
@@ -207,13 +217,57 @@ def _parsed(content: bytes) -> onnx.ModelProto:
         raise AdmissionRefused("structure", f"{MODEL_FILE} is not an ONNX model: its bytes cannot be parsed") from error
 
 
-def _read(folder: Path, path: str) -> bytes:
-    if not (folder / path).resolve().is_relative_to(folder.resolve()):
-        raise AdmissionRefused("structure", f"'{path}' lies outside the bundle's folder")
+def _golden(path: str, content: bytes) -> NDArray[Any]:
     try:
-        return (folder / path).read_bytes()
+        tensor = onnx.TensorProto.FromString(content)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or not tensor.dims:
+            raise ValueError("it has no data of its own, or no batch axis")
+        return numpy_helper.to_array(tensor)
+    except (DecodeError, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise AdmissionRefused("golden", f"'{path}' is not a tensor with a batch axis: {first_line(error)}") from error
+
+
+def _read(folder: Path, path: str, *, most_bytes: int | None = None) -> bytes:
+    """The bytes of a plain file inside a folder.
+
+    It is opened first and looked at then, so that nobody can put another in its place between the two; and without
+    waiting, which a pipe would make us do for ever.
+
+    Args:
+        most_bytes: None is what the machine's memory holds.
+    """
+    try:
+        handle = os.open(folder / path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        _check_inside(folder, path)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise AdmissionRefused("digest", f"'{path}' cannot be read: {reason}") from error
+    try:
+        found, inside = os.fstat(handle), _check_inside(folder, path)
+        if inside is None or not os.path.samestat(inside, found):
+            raise AdmissionRefused("structure", f"'{path}' was exchanged while it was being read")
+        if not stat.S_ISREG(found.st_mode):
+            raise AdmissionRefused("structure", f"'{path}' is not a plain file")
+        most_bytes = machine_memory_bytes() if most_bytes is None else most_bytes
+        if found.st_size > most_bytes:
+            raise AdmissionRefused("structure", f"'{path}' has {found.st_size} bytes; at most {most_bytes} are read")
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(found.st_size)
     except OSError as error:
         raise AdmissionRefused("digest", f"'{path}' cannot be read: {error.strerror}") from error
+    finally:
+        os.close(handle)
+
+
+def _check_inside(folder: Path, path: str) -> os.stat_result | None:
+    """What is at a path, if it is inside the folder; None if there is nothing."""
+    try:
+        found = (folder / path).resolve()
+        if found.is_relative_to(folder.resolve()):
+            return found.stat()
+    except (OSError, ValueError, RuntimeError):  # it is not there, or its links go round
+        return None
+    raise AdmissionRefused("structure", f"'{path}' lies outside the bundle's folder")
 
 
 def golden_files(inputs: Sequence[NDArray[Any]], outputs: Sequence[NDArray[Any]]) -> dict[str, bytes]:

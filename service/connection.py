@@ -37,7 +37,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service.asgi import GONE, Application, declared_bytes, headers_by_name
-from service.errors import BadRequest, RequestTooSlow
+from service.errors import BadRequest, HeadersTooLarge, RequestError, RequestTooSlow
 from service.large_body import LARGE_BODY_BYTES, LargeBody, place_for
 from service.prediction import Headers, Route, Said, declared_json_bytes, refusal, request_id, route_of
 from service.protocol import Body
@@ -54,6 +54,11 @@ UNREAD_S = 30.0
 
 LAST_REQUEST_S = 2.0
 """How long a request that has begun, or a first one, is waited for when the process ends."""
+
+MOST_URL_BYTES = 8 * 1024
+MOST_HEAD_BYTES = 64 * 1024
+MOST_HEADERS = 128
+"""Of a request; the parser has no limits of its own, and a header sent twice is looked for among all others."""
 
 _JOINED_BYTES = 64 * 1024
 """A body up to this size is copied behind its head; a larger one is sent after it, in the same system call."""
@@ -155,6 +160,8 @@ class Connection(HttpToolsProtocol):
         """Nothing was computed yet for what came in this turn."""
         self._deadline_s = self.loop.time() + KEEP_ALIVE_S
         """On the clock of the event loop; infinite while it is our turn."""
+        self._unhanded_bytes = 0
+        """What came since the last part of a body: of a head, or of what may follow a body in chunks."""
         self._unsent_bytes = 0
         self._unsent_since_s = self.loop.time()
         """When the client was last seen reading what is written."""
@@ -165,7 +172,11 @@ class Connection(HttpToolsProtocol):
         self._first = True
         if b"pgrade:" in data and not self._reading:
             data = _without_upgrade(data)
+        self._unhanded_bytes += len(data)
         super().data_received(data)
+        if self._unhanded_bytes > MOST_HEAD_BYTES:
+            self._unhanded_bytes = 0
+            self._give_up(_too_large())
         exchange = self._exchange
         if exchange is not None and exchange.place is not None and exchange.left_bytes:
             self._hand_over(LargeBody(self, exchange.room(), self._took))
@@ -201,6 +212,7 @@ class Connection(HttpToolsProtocol):
         self._wait()
 
     def on_headers_complete(self) -> None:
+        self._check_head()
         self._head_read = True
         self._exchange = self._short_way()
         if self._exchange is not None:
@@ -217,6 +229,7 @@ class Connection(HttpToolsProtocol):
         self._owed.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
+        self._unhanded_bytes = 0
         self._deadline_s += len(body) / RATE_BYTES_S
         if self._exchange is not None:
             self._exchange.take(body)
@@ -225,6 +238,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._reading = False
+        self._unhanded_bytes = 0
         exchange, self._exchange = self._exchange, None
         if exchange is None:
             super().on_message_complete()
@@ -240,6 +254,18 @@ class Connection(HttpToolsProtocol):
         self._application.predictions.answer(
             exchange.route, exchange.headers, exchange.give_body(), reply, alone=alone, gone=self.transport.is_closing
         )
+
+    def _check_head(self) -> None:
+        """
+        Raises:
+            HeadersTooLarge: the parser goes no further, and asks for `send_400_response`.
+        """
+        size = self._unhanded_bytes  # with what follows the head, so it is counted anew only where it may be too large
+        if size > MOST_HEAD_BYTES:
+            size = len(self.url) + sum([len(name) + len(value) for name, value in self.headers])
+        self._unhanded_bytes = 0
+        if len(self.url) > MOST_URL_BYTES or len(self.headers) > MOST_HEADERS or size > MOST_HEAD_BYTES:
+            raise _too_large()
 
     def _short_way(self) -> Exchange | None:
         """None if the request has to go the other way."""
@@ -293,17 +319,31 @@ class Connection(HttpToolsProtocol):
             self._start_asgi_task(cycle, app)
         self._wait()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for cycle in self._owed:  # uvicorn tells the last that came, and that may not be the one that is computed
+            cycle.disconnected = True
+            cycle.message_event.set()
+
     def send_400_response(self, msg: str) -> None:
-        """What cannot be read ends the connection, after the answers that are owed."""
+        """What cannot be read ends the connection."""
+        error = sys.exception()
+        if not isinstance(error, httptools.HttpParserCallbackError) or isinstance(error.__context__, _NO_PATH):
+            self._give_up(BadRequest(f"the request is not valid HTTP/1.1: {msg.rstrip('.')}"))
+        else:
+            self._give_up(error.__context__ if isinstance(error.__context__, RequestError) else error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Nothing more is read; the answers that are owed are given first, and one request has one answer."""
+        if self.transport.is_closing():
+            return
         if last := self._last_owed():
             last.keep_alive = False
             self.flow.pause_reading()
-            return
-        error = sys.exception()
-        if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(error.__context__, _NO_PATH):
-            self._refuse(error)
+        elif self._reading and self._head_read and not self._owed:  # it was answered before it was here
+            self.transport.close()
         else:
-            self._refuse(BadRequest(f"the request is not valid HTTP/1.1: {msg.rstrip('.')}"))
+            self._refuse(error)
 
     def _refuse(self, error: BaseException) -> None:
         self._write(*refusal(error, request_id({})), keep_alive=False)
@@ -345,6 +385,10 @@ class Connection(HttpToolsProtocol):
             self._deadline_s = min(self._deadline_s, self.loop.time() + LAST_REQUEST_S)
         else:
             self.transport.close()
+
+
+def _too_large() -> HeadersTooLarge:
+    return HeadersTooLarge(url_bytes=MOST_URL_BYTES, headers=MOST_HEADERS, head_bytes=MOST_HEAD_BYTES)
 
 
 def _without_upgrade(data: bytes) -> bytes:

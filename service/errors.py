@@ -38,6 +38,7 @@ The sentence names what, got, wanted, and what to do. A test compares this drawi
         ├── UnsupportedMediaType     415 unsupported_media_type
         ├── UnsupportedEncoding      415 unsupported_encoding
         ├── QueueFull                429 queue_full
+        ├── HeadersTooLarge          431 headers_too_large
         ├── ClientLeft               499 client_left
         ├── NotReady                 503 not_ready
         ├── DeadlineExceeded         504 deadline_exceeded
@@ -67,9 +68,9 @@ class AdmissionRefused(Refused):
     """A bundle did not pass one of the four doors; `door` says which."""
 
     def __init__(self, door: str, reason: str) -> None:
-        super().__init__(f"refused at the {door} door: {reason}")
         self.door = door
-        self.reason = reason
+        self.reason = printable(reason)
+        super().__init__(f"refused at the {door} door: {self.reason}")
 
 
 class DeviceUnavailable(Refused):
@@ -367,6 +368,19 @@ class QueueFull(RequestError):
         super().__init__(f"{rows} rows are waiting already; try again in {self.retry_after_s} s")
 
 
+class HeadersTooLarge(RequestError):
+    """The head of the request is larger than any that is meant; the connection is closed."""
+
+    status = 431
+    code = "headers_too_large"
+
+    def __init__(self, *, url_bytes: int, headers: int, head_bytes: int) -> None:
+        super().__init__(
+            f"the head of the request is too large; it takes a URL of at most {url_bytes} bytes and {headers} headers, "
+            f"{head_bytes} bytes together"
+        )
+
+
 class ClientLeft(RequestError):
     """The caller hung up before its answer was computed; nobody reads this, it is for statistics and logs."""
 
@@ -434,6 +448,11 @@ def listing(names: Iterable[str], most: int = 30) -> str:
     names = list(names)
     shown = ", ".join(f"'{name}'" for name in names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def printable(text: str) -> str:
+    """With what a terminal or a log would obey written out: a file may have any name inside it."""
+    return "".join(it if it.isprintable() else it.encode("unicode_escape").decode() for it in text)
 
 
 def first_line(error: Exception) -> str:

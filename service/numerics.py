@@ -31,7 +31,7 @@ def rounding_bounds(
     roundoff = _coarsest_roundoff(model, outputs)
     # a bound as large as the answer would say nothing: half of the digits must agree
     factor = min(summation_length(model) * roundoff, math.sqrt(roundoff) / 2)
-    return [factor * _largest(array) for array in answers]
+    return [factor * largest_value(array) for array in answers]
 
 
 def made_up_rows(inputs: Sequence[TensorSpec], *, count: int) -> list[NDArray[Any]]:
@@ -89,7 +89,7 @@ def largest_difference(one: NDArray[Any], other: NDArray[Any]) -> float:
     return float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0))
 
 
-def _largest(output: NDArray[Any]) -> float:
+def largest_value(output: NDArray[Any]) -> float:
     """The largest absolute value, infinities and NaN left out."""
     if output.dtype.kind != "f":
         return 0.0

@@ -50,9 +50,9 @@ def find(path: Path, model: str | None = None, *, called: str = "") -> list[Foun
         raise WrongCall(f"there is nothing at '{path}'; give a model repository, a bundle or an ONNX file")
     elif (path / MODEL_FILE).is_file():
         whole = path.resolve()
-        found = [Found(name=whole.parent.name, version=whole.name, path=path)]
+        found = [Found(name=safe_name(whole.parent.name), version=safe_name(whole.name), path=path)]
     elif versions := versions_in(path):
-        name = path.resolve().name
+        name = safe_name(path.resolve().name)
         found = [Found(name=name, version=version, path=path / version) for version in versions]
     else:
         folders = model_folders(path) if model is None else [path / model]
@@ -124,4 +124,9 @@ def version_order(version: str) -> tuple[int, int, str]:
 
 def plain_name(file: Path) -> str:
     """The name under which a plain ONNX file is served: its stem, in the characters that a name may have."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", file.stem).lstrip(".-") or "model"
+    return safe_name(file.stem)
+
+
+def safe_name(text: str) -> str:
+    """`text` in the characters that a name may have."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text).lstrip(".-") or "model"

@@ -10,7 +10,9 @@ Rule 4: what is live goes on while something better is looked for, when that is 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -33,15 +35,18 @@ from service.errors import (
     WrongCall,
     first_line,
     listing,
+    printable,
 )
+from service.limits import GRACE_S, SHARE, bounded_memory, bounded_time, free_memory_bytes
 from service.memory import give_back_soon
 from service.places import Found, find, version_order
 from service.policy import Rule, parse
 from service.rehearsal import Batching, rehearse
-from service.runtime import Placement
+from service.runtime import Deadline, Placement
 from service.settings import Settings
 from service.signature import SampleReader
 from service.statistics import Statistics
+from service.trial import tried
 
 UNLOADED = "unloaded by request"
 GONE = "its folder is gone; it is served from memory until it is replaced or unloaded"
@@ -299,7 +304,7 @@ class Repository:
         return UnknownVersion(model=name, version=alias, serving=self.versions(name))
 
     def _load(self, found: Found) -> Entry:
-        return _load(found, self._placement, self._settings)
+        return _load_tried(found, self._placement, self._settings)
 
 
 def load(
@@ -324,7 +329,7 @@ def load(
 
         def look(version: str, name: str = name, there: Mapping[str, Found] = there) -> list[Entry]:
             found = there.get(version)
-            entry = _missing(name, version) if found is None else _load(found, placement, settings)
+            entry = _missing(name, version) if found is None else load_bounded(found, placement, settings)
             tell(entry)
             return [entry]
 
@@ -340,7 +345,7 @@ def load_these(
 ) -> list[Entry]:
     """Admit these versions, by name and version, and no others; one that is not there is left out."""
     return [
-        _load(found, placement, settings)
+        load_bounded(found, placement, settings)
         for found in find(path, called=settings.name)
         if (found.name, found.version) in versions
     ]
@@ -400,15 +405,52 @@ def _read(found: Found) -> Bundle:
     return bundles.read(found.path, name=found.name, version=found.version)
 
 
-def _load(found: Found, placement: Placement, settings: Settings) -> Entry:
+def _load_tried(found: Found, placement: Placement, settings: Settings) -> Entry:
+    """`_load` for a process that already serves: only what another process came back from."""
+    if reason := tried(found.path, found.name, found.version, placement, settings):
+        return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
+    return _load(found, placement, settings, memory_bytes=None)
+
+
+def load_bounded(found: Found, placement: Placement, settings: Settings) -> Entry:
+    """`_load` for a process that serves nothing yet: it may take most of the memory that is free, and no more.
+
+    Where even the engine does not come back, the process ends: nobody is served by it, and nobody would ever be.
+    """
+
+    def give_up() -> None:
+        _log.critical(
+            "%s/%s does not come to an end while it is loaded; take it away, or raise --admission-limit-s",
+            found.name,
+            found.version,
+        )
+        os._exit(1)
+
+    with bounded_time(settings.admission_limit_s + GRACE_S, give_up):
+        return _load(found, placement, settings, memory_bytes=int(free_memory_bytes() * SHARE))
+
+
+def _load(found: Found, placement: Placement, settings: Settings, *, memory_bytes: int | None) -> Entry:
+    deadline = Deadline()
+    memory = nullcontext() if memory_bytes is None else bounded_memory(memory_bytes)
     try:
-        admitted = admit(_read(found), placement, threads=settings.threads, max_batch_rows=settings.max_batch_rows)
-        batching = rehearse(admitted, settings.numerics)
+        with bounded_time(settings.admission_limit_s, deadline.end), memory:
+            admitted = admit(
+                _read(found),
+                placement,
+                threads=settings.threads,
+                max_batch_rows=settings.max_batch_rows,
+                deadline=deadline,
+            )
+            batching = rehearse(admitted, settings.numerics)
     except AdmissionRefused as refusal:
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=str(refusal))
+    except MemoryError:
+        reason = "not admitted: it asks for more memory than is free"
+        return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
     except Exception as error:  # a file that nobody foresaw must not keep the other models from being served
         _log.exception("admission of %s/%s broke", found.name, found.version)
-        reason = f"not admitted: admission broke on it ({first_line(error)}); the log has the traceback"
+        reason = f"not admitted: admission broke on it ({printable(first_line(error))}); the log has the traceback"
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
     statistics = Statistics()
     coalescer = Coalescer(

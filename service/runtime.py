@@ -156,11 +156,31 @@ def _missing_for_cuda() -> str | None:
 
 
 @final
+class Deadline:
+    """Once it has passed, no runtime that was given it runs any more; a run that is under way ends."""
+
+    def __init__(self) -> None:
+        self.options = onnxruntime.RunOptions()
+        self.passed = False
+
+    def end(self) -> None:
+        """It passes now; from any thread."""
+        self.passed = True
+        self.options.terminate = True
+
+
+@final
 class OnnxRuntime:
     """A model in an onnxruntime session."""
 
     def __init__(
-        self, model: bytes, placement: Placement, *, threads: int = 0, optimisation: Optimisation = "all"
+        self,
+        model: bytes,
+        placement: Placement,
+        *,
+        threads: int = 0,
+        optimisation: Optimisation = "all",
+        deadline: Deadline | None = None,
     ) -> None:
         """Load a model.
 
@@ -172,6 +192,7 @@ class OnnxRuntime:
             AdmissionRefused: onnxruntime cannot load it, runs it elsewhere, or its inputs or outputs are not tensors.
         """
         self._threads = threads or 1
+        self._deadline = deadline or Deadline()
         self._session = _session(model, placement, self._threads, optimisation)
         self._provider: str = self._session.get_providers()[0]
         if self._provider != placement.provider:
@@ -212,9 +233,13 @@ class OnnxRuntime:
             if self._bound:
                 return self._run_bound(tensors)
             outputs: list[NDArray[Any]] = self._session.run(
-                self._output_names, dict(zip(self._input_names, tensors, strict=True))
+                self._output_names, dict(zip(self._input_names, tensors, strict=True)), self._deadline.options
             )
         except (InvalidArgument, Fail, RuntimeException) as error:
+            if self._deadline.passed:
+                raise AdmissionRefused(
+                    "structure", "it did not come to an end; where it only takes long, raise EVALMODE_ADMISSION_LIMIT_S"
+                ) from error
             if "memory" in str(error):  # of the machine, or of the GPU
                 raise
             raise RowsRejected(first_line(error)) from error
@@ -226,7 +251,7 @@ class OnnxRuntime:
             binding.bind_cpu_input(name, array)
         for name in self._output_names:
             binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, self._deadline.options)
         outputs: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
         return outputs
 
@@ -238,7 +263,7 @@ class OnnxRuntime:
         for _ in range(3):
             start = time.perf_counter()
             try:
-                self._session.run(self._output_names, feeds)
+                self._session.run(self._output_names, feeds, self._deadline.options)
             except Exception:  # made-up values that the graph cannot take tell nothing
                 return False
             seconds.append(time.perf_counter() - start)

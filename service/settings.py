@@ -55,6 +55,7 @@ class Settings(BaseSettings):
     max_connections: int = Field(
         default=10_000, ge=1, description="The most open connections of a worker; others wait to be taken."
     )
+    admission_limit_s: float = Field(default=60.0, gt=0, description="How long the admission of one version may take.")
     body_limit_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body that is read.")
     log_level: LogLevel = Field(default="info", description="The least that is logged.")
 

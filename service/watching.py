@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Protocol, final
 
 from service.errors import EvalmodeError, LoadRefused
-from service.places import MODEL_FILE, NAME_PATTERN, plain_name, version_called
+from service.places import MODEL_FILE, NAME_PATTERN, plain_name, safe_name, version_called
 
 Key = tuple[str, str]
 """Model and version."""
@@ -54,9 +54,9 @@ def look(path: Path, *, called: str = "") -> Seen:
             versions[plain_name(path), "1"] = (_mark(path, path.name),)
         elif (marks := _marks(path)) is not None:
             whole = path.resolve()
-            versions[whole.parent.name, whole.name] = marks
+            versions[safe_name(whole.parent.name), safe_name(whole.name)] = marks
         elif own := dict(_versions(path)):
-            name = path.resolve().name
+            name = safe_name(path.resolve().name)
             versions |= {(name, version): marks for version, marks in own.items()}
         else:
             for model in _folders(path):

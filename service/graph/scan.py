@@ -157,7 +157,9 @@ def _dropout_fault(node: onnx.NodeProto, opset: int, constants: Constants) -> st
 def _constant(node: onnx.NodeProto, position: int, constants: Constants) -> NDArray[Any] | None:
     # looked up by input position: exporters alias equal tensors, so a name says nothing about what a tensor is
     name = node.input[position] if len(node.input) > position else ""
-    return numpy_helper.to_array(constants[name]) if name in constants else None
+    if name not in constants or constants[name].data_type == onnx.TensorProto.STRING:
+        return None
+    return numpy_helper.to_array(constants[name])
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto | None:

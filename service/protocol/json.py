@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,11 @@ from service.errors import DuplicateKey, MalformedJson, RequestError
 
 _LARGE_BYTES = 4096
 _NESTED = (dict, list)
+
+MOST_NESTED = 2**17
+"""Each becomes an object of Python, and nobody is answered while they are made; brackets in strings count too."""
+
+_NUMBERS = re.compile(rb"\[[-+0-9.eE,\s]{1024,}\]")
 
 NULL_FOR_MISSING = "null stands for a missing value, in a feature that takes one"
 BINARY_FOR_NAN = "send the tensor in its binary form, with 'binary_data_size' in its parameters"
@@ -27,6 +33,8 @@ def parsed(body: bytes, *, for_nan: str = "") -> Any:
     """
     if not body:
         raise MalformedJson("it is empty")
+    if is_all_structure(body):
+        raise MalformedJson(f"it has more than {MOST_NESTED} lists and objects; send data flat, or in binary")
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -34,6 +42,11 @@ def parsed(body: bytes, *, for_nan: str = "") -> Any:
         if any(word in body for word in (b"NaN", b"Infinity")):
             reason += "; JSON has no NaN or Infinity" + (f"; {for_nan}" if for_nan else "")
         raise MalformedJson(reason) from error
+
+
+def is_all_structure(body: bytes) -> bool:
+    """It has more than `MOST_NESTED` lists and objects."""
+    return len(body) > MOST_NESTED and count(body, b"{") + count(body, b"[") > MOST_NESTED
 
 
 def check_keys(body: bytes, value: object) -> None:
@@ -53,7 +66,10 @@ def check_keys(body: bytes, value: object) -> None:
     try:
         if b"\\" not in body and count(body, b":") == _colons(value):
             return
-        json.loads(body, object_pairs_hook=_no_key_twice)
+        try:  # without the numbers, which have no keys and take most of the time
+            json.loads(_NUMBERS.sub(b"[]", body), object_pairs_hook=_no_key_twice)
+        except DuplicateKey:  # so it is, unless the numbers were in the names of keys
+            json.loads(body, object_pairs_hook=_no_key_twice)
     except RecursionError as error:
         raise MalformedJson("it is nested too deeply") from error
     except ValueError as error:  # Python's parser is stricter here and there: integers of more than 4,300 digits

@@ -17,7 +17,7 @@ import numpy as np
 import simdjson
 from numpy.typing import NDArray
 
-from service.protocol.json import check_keys, count
+from service.protocol.json import check_keys, count, is_all_structure
 
 LARGE_BYTES = 32 * 1024
 """From here on it pays; below, the ordinary parser is as fast."""
@@ -44,7 +44,7 @@ def parsed_large(body: bytes, kinds: Mapping[str, str]) -> dict[str, Any] | None
     Raises:
         DuplicateKey: an object in it has a key twice.
     """
-    if body.startswith(codecs.BOM_UTF8):  # which simdjson skips
+    if body.startswith(codecs.BOM_UTF8) or is_all_structure(body):  # simdjson skips a byte order mark
         return None
     try:
         document = simdjson.Parser().parse(body)

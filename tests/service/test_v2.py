@@ -1112,7 +1112,8 @@ def test_a_model_called_stats_is_served(repository: Repository) -> None:
     assert ask(repository, "GET", "/v2/models/stats/versions/1").json()["name"] == "stats"
     assert ask(repository, "GET", "/v2/models/stats/ready").json()["name"] == "stats"
     (entry,) = ask(repository, "GET", "/v2/models/stats/stats").json()["model_stats"]
-    assert (entry["name"], entry["inference_count"]) == ("stats", 2)
+    assert entry["name"] == "stats"
+    assert entry["inference_count"] >= 2  # whoever asks whether it is ready may have it run
 
 
 # Paths

@@ -1,0 +1,117 @@
+"""Hostile ONNX files are refused within a bound of time and memory, by a process that is still there afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import repository
+from service.places import Found
+from service.repository import load_bounded
+from service.runtime import place
+from service.settings import Settings
+from service.trial import tried
+from tests import graphs
+from tests.service.hostile import REFUSED, a_loop_without_end
+
+LIMIT_S = 1.0
+MEMORY_BYTES = 2**30
+BEGUN_BYTES = 300 * 2**20
+"""What a process has that has loaded nothing yet."""
+
+OVERHEAD_S = 15.0
+"""For the rest of an admission, on a machine that is busy."""
+
+PROGRAM = """
+import json, resource, sys, time
+from pathlib import Path
+from service.places import Found
+from service.repository import load_bounded
+from service.runtime import place
+from service.settings import Settings
+
+root, limit_s, memory_bytes = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (used + memory_bytes, used + memory_bytes))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+settings, placement = Settings(admission_limit_s=limit_s, threads=1), place("cpu")
+for path in sorted(root.iterdir()):
+    start = time.perf_counter()
+    entry = load_bounded(Found(name=path.name, version="1", path=path / "1"), placement, settings)
+    said = {"state": entry.state, "reason": entry.reason, "seconds": time.perf_counter() - start}
+    said["peak_bytes"] = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if "VmHWM" in line)
+    print(json.dumps([path.name, said]), flush=True)
+"""
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="bounds memory with Linux's means")
+
+
+def put(root: Path, name: str, content: bytes) -> Path:
+    (root / name / "1").mkdir(parents=True)
+    (root / name / "1" / "model.onnx").write_bytes(content)
+    return root / name / "1"
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process said about every hostile file, and about one that is well meant, the last."""
+    root = tmp_path_factory.mktemp("hostile")
+    for name, (make, _) in REFUSED.items():
+        put(root, name, make())
+    put(root, "z_well_meant", graphs.batchnorm_model().SerializeToString())
+    command = [sys.executable, "-c", PROGRAM, str(root), str(LIMIT_S), str(MEMORY_BYTES)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return dict(json.loads(line) for line in ended.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_in_time(verdicts: dict[str, Any], name: str) -> None:
+    said = verdicts[name]
+    assert said["state"] == "UNAVAILABLE"
+    assert REFUSED[name][1] in said["reason"]
+    assert said["reason"].isprintable()
+    assert said["seconds"] < LIMIT_S + OVERHEAD_S
+
+
+def test_what_is_well_meant_is_served_after_all_of_them(verdicts: dict[str, Any]) -> None:
+    """Within the same bounds, in the same process."""
+    assert verdicts["z_well_meant"]["state"] == "READY"
+    assert verdicts["z_well_meant"]["peak_bytes"] < MEMORY_BYTES + BEGUN_BYTES
+
+
+def test_a_version_is_tried_elsewhere_first(tmp_path: Path) -> None:
+    """Before a process that serves loads it: what is wrong with it is said in the words of admission."""
+    well_meant = put(tmp_path, "well", graphs.batchnorm_model().SerializeToString())
+    endless = put(tmp_path, "endless", a_loop_without_end())
+    settings = Settings(admission_limit_s=2.0, threads=1)
+    assert tried(well_meant, "well", "1", place("cpu"), settings) == ""
+    assert "did not come to an end" in tried(endless, "endless", "1", place("cpu"), settings)
+
+
+def test_what_ends_the_process_that_tries_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that serves does not load it at all."""
+    killer = tmp_path / "killer"
+    killer.write_text('#!/bin/sh\nkill -SEGV "$$"\n')
+    killer.chmod(0o755)
+    served = repository.load(put(tmp_path / "models", "net", graphs.batchnorm_model().SerializeToString()).parent,
+                             place("cpu"), Settings(threads=1))  # fmt: skip
+    monkeypatch.setattr("service.trial.sys.executable", str(killer))
+    entry, serving = served.admit("net")
+    assert (entry.live, serving.live) == (None, served.live("net"))
+    assert "it ended the process that tried it (SIGSEGV)" in entry.reason
+
+
+def test_memory_is_unbounded_again_afterwards(tmp_path: Path) -> None:
+    """The bound is for the admission, not for what is served."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    folder = put(tmp_path, "net", graphs.batchnorm_model().SerializeToString())
+    load_bounded(Found(name="net", version="1", path=folder), place("cpu"), Settings(threads=1))
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
