@@ -56,6 +56,13 @@ class Settings(BaseSettings):
         default=10_000, ge=1, description="The most open connections of a worker; others wait to be taken."
     )
     body_limit_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body that is read.")
+    keys_file: Path | None = Field(
+        default=None, description="API keys with their rights, made with 'evalmode key'; without it none are needed."
+    )
+    tls_certificate: Path | None = Field(
+        default=None, description="A certificate and its chain (PEM), to serve over TLS; with --tls-key."
+    )
+    tls_key: Path | None = Field(default=None, description="The private key of the certificate (PEM).")
     log_level: LogLevel = Field(default="info", description="The least that is logged.")
 
     @field_validator("versions")
