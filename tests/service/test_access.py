@@ -145,7 +145,8 @@ def test_every_route_takes_its_right(repository: Repository, keys: Keys, locked:
 
 
 @pytest.mark.parametrize(
-    "path", ["/nothing", "/v2/", "/v2x", "/predict/", "/v2//models", "/DOCS", "/docs/", "/metrics/x", "/v2/health/other"]
+    "path",
+    ["/nothing", "/v2/", "/v2x", "/predict/", "/v2//models", "/DOCS", "/docs/", "/metrics/x", "/v2/health/other"],
 )
 def test_a_path_that_is_not_drawn_is_nowhere(repository: Repository, keys: Keys, locked: Settings, path: str) -> None:
     """To who has a key; without one nothing is told."""
