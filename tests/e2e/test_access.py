@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -79,6 +80,31 @@ def test_tritons_client_sends_a_key(serve: Serve, tmp_path: Path) -> None:
             client.infer("norm", [tensor])
         with pytest.raises(InferenceServerException, match="lacks the right 'manage'"):
             client.unload_model("norm", headers=headers)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed; apt-get install chromium")
+def test_the_documentation_in_a_browser(serve: Serve, tmp_path: Path) -> None:
+    """What its Content-Security-Policy lets run is enough: every route is shown, or, with keys, where to enter one."""
+    save(tmp_path / "models", "norm", graphs.batchnorm_model())
+    _, kept = made_key("shop", ["predict"])
+    (tmp_path / "keys.txt").write_text(kept.line)
+
+    def shown(*flags: str) -> str:
+        address = serve(tmp_path / "models", *flags).address
+        command = [
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-proxy-server",
+            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000", "--dump-dom", f"{address}/docs",
+        ]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, timeout=50, check=False).stdout
+
+    page = shown()
+    assert page.count('class="opblock ') > 10
+    assert "/v2/models/norm/infer" in page.replace("\u200b", "").replace("<wbr>", "")
+    locked = shown("--keys-file", str(tmp_path / "keys.txt"))
+    assert "Authorize with an API key that may predict." in locked
+    assert "/v2/models" not in locked
+    assert 'class="opblock ' not in locked
 
 
 def test_a_wrong_file_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
