@@ -68,7 +68,9 @@ async def _asked(request: Request, kind: type[AskedT], limit_bytes: int) -> Aske
         UnsupportedMediaType: it is said to be something else than JSON, such as what a form in a page sends.
         BadRequest: it is malformed, or does not fit.
     """
-    check_content_type(headers_by_name(request.scope["headers"]), binary=False)
+    check_content_type(
+        headers_by_name(request.scope["headers"]), binary=True
+    )  # so aiohttp calls bytes, and no form does
     chunks: list[bytes] = []
     async for chunk in request.stream():
         chunks.append(chunk)

@@ -264,6 +264,15 @@ def test_what_a_form_can_send_is_no_management(
         assert refused(response) == (415, "unsupported_media_type")
 
 
+@pytest.mark.parametrize(
+    "content_type", ["application/json", "application/json; charset=utf-8", "application/octet-stream"]
+)
+def test_what_programs_send_is(repository: Repository, content_type: str) -> None:
+    """Triton's asyncio client lets aiohttp say what bytes are."""
+    response = ask(repository, "POST", LOAD, {}, {"content-type": content_type})
+    assert refused(response) == (404, "unknown_model")
+
+
 def test_what_another_server_calls_the_root_opens_nothing(repository: Repository) -> None:
     """What is checked is what is routed."""
     answers: list[Any] = []
