@@ -3,8 +3,8 @@
 With a keys file, whoever comes has to bring an API key:
 
     open to all       /v2/health/live and /v2/health/ready; /, /docs and its files, which tell nothing of the models
-    right 'predict'   predictions, metadata, statistics, the index, /openapi.json
-    right 'manage'    the rest of /v2/repository: loading and unloading
+    right 'predict'   predictions, metadata, statistics, the index, the list of aliases, /openapi.json
+    right 'manage'    the rest of /v2/repository: loading, unloading, moving aliases
     right 'metrics'   /metrics
 
 Without one, all is open but what takes 'manage': that is for the machine itself.
@@ -31,7 +31,8 @@ from service.settings import Settings, is_loopback
 
 _OPEN = re.compile(r"/|/docs|/docs/(assets|page)/.*|/v2/health/(live|ready)", re.DOTALL)
 _PREDICT = re.compile(
-    r"/openapi\.json|/predict|/models/[^/]+/predict|/v2|/v2/models/.+|/v2/repository/index", re.DOTALL
+    r"/openapi\.json|/predict|/models/[^/]+/predict|/v2|/v2/models/.+|/v2/repository/(index|models/[^/]+/aliases)",
+    re.DOTALL,
 )
 _MANAGE = re.compile(r"/v2/repository/.*", re.DOTALL)
 _METRICS = re.compile(r"/metrics")

@@ -48,8 +48,13 @@ DRAWN = {
         "/v2/models/{model}/versions/{version}/ready",
         "/v2/models/{model}/versions/{version}/stats",
         "/v2/repository/index",
+        "/v2/repository/models/{model}/aliases",
     ],
-    Right.MANAGE: ["/v2/repository/models/{model}/load", "/v2/repository/models/{model}/unload"],
+    Right.MANAGE: [
+        "/v2/repository/models/{model}/load",
+        "/v2/repository/models/{model}/unload",
+        "/v2/repository/models/{model}/aliases/{alias}",
+    ],
     Right.METRICS: ["/metrics"],
 }
 """What this service promises; written apart from the code, and compared with the application's own routes."""
@@ -125,8 +130,8 @@ def test_what_is_open_needs_no_key(repository: Repository, keys: Keys, locked: S
 def test_every_route_takes_its_right(repository: Repository, keys: Keys, locked: Settings, right: Right) -> None:
     """Without a key or with a wrong one it is 401, with a key of other rights 403, and else whatever the route says."""
     for template in DRAWN[right]:
-        path = template.format(model="nobody", version="7")
-        for method in ("GET", "POST", "PUT", "OPTIONS"):
+        path = template.format(model="nobody", version="7", alias="stable")
+        for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
             for headers in ({}, {"x-api-key": "wrong"}, {"authorization": "Bearer em_wrong"}):
                 response = ask(repository, method, path, b"not JSON", headers, settings=locked)
                 assert refused(response) == (401, "unauthorized"), path
@@ -234,8 +239,8 @@ def test_a_page_in_the_operators_browser_manages_nothing(
     repository: Repository, headers: dict[str, str], sentence: str
 ) -> None:
     """Nor does a name that was made to point to this machine, or a proxy that stands on it."""
-    for verb in ("load", "unload"):
-        response = ask(repository, "POST", f"/v2/repository/models/norm/{verb}", headers=headers)
+    for method, verb in (("POST", "load"), ("POST", "unload"), ("PUT", "aliases/a"), ("DELETE", "aliases/a")):
+        response = ask(repository, method, f"/v2/repository/models/norm/{verb}", headers=headers)
         assert refused(response) == (403, "forbidden")
         assert sentence in response.json()["error"]
     assert repository.live("norm").version == "1"
