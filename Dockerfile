@@ -37,6 +37,6 @@ USER 10001:10001
 WORKDIR /models
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 \
-    CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['EVALMODE_PORT'] + '/v2/health/ready', timeout=2)"]
+    CMD ["python3", "-c", "import os, ssl, urllib.request as u; tls = os.environ.get('EVALMODE_TLS_CERTIFICATE'); u.urlopen(('https' if tls else 'http') + '://127.0.0.1:' + os.environ['EVALMODE_PORT'] + '/v2/health/ready', timeout=2, context=ssl._create_unverified_context() if tls else None)"]
 ENTRYPOINT ["evalmode"]
 CMD ["serve"]

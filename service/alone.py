@@ -13,6 +13,7 @@ from service.http_server import Server
 from service.loading import loaded
 from service.printed import announcement, say
 from service.settings import Settings
+from service.tls import tls_of
 from service.watching import Watcher
 
 
@@ -25,7 +26,8 @@ def serve_alone(path: Path, settings: Settings, listening: socket.socket) -> Non
     """
     watcher = Watcher(path, every_s=settings.reload_s, called=settings.name)
     repository = loaded(path, settings)
-    said = announcement(repository, *listening.getsockname()[:2], workers=1)
+    host, port = listening.getsockname()[:2]
+    said = announcement(repository, host, port, settings)
     crew = Alone(repository)
     watching: list[asyncio.Task[None]] = []
 
@@ -38,6 +40,7 @@ def serve_alone(path: Path, settings: Settings, listening: socket.socket) -> Non
         begin,
         shutdown_delay_s=settings.shutdown_delay_s,
         max_connections=settings.max_connections,
+        tls=tls_of(settings),
     )
     for signum in (signal.SIGINT, signal.SIGTERM):
         # also before uvicorn has its own; it raises the signal once more for this one when it has drained: exit 0

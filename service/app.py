@@ -9,13 +9,13 @@ from typing import Any
 from weakref import ref
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from service import management, openapi
+from service.access import Access
 from service.asgi import Application
 from service.crew import Alone, Crew
 from service.errors import (
@@ -42,14 +42,19 @@ def create_app(repository: Repository, settings: Settings, crew: Crew | None = N
 
     Args:
         crew: the processes that serve them; by default this one alone.
+
+    Raises:
+        WrongCall: the keys file cannot be read.
     """
-    readiness = Readiness(repository)
-    rest = _fastapi(repository, crew or Alone(repository), settings, readiness)
+    access, readiness = Access(settings), Readiness(repository)
+    rest = _fastapi(repository, crew or Alone(repository), settings, readiness, needs_keys=access.needs_keys)
     predictions = Predictions(repository, timeout_s=settings.timeout_s or None)
-    return Application(predictions, readiness, body_limit_bytes=settings.body_limit_bytes, rest=rest)
+    return Application(predictions, readiness, access, body_limit_bytes=settings.body_limit_bytes, rest=rest)
 
 
-def _fastapi(repository: Repository, crew: Crew, settings: Settings, readiness: Readiness) -> FastAPI:
+def _fastapi(
+    repository: Repository, crew: Crew, settings: Settings, readiness: Readiness, *, needs_keys: bool
+) -> FastAPI:
     app = FastAPI(
         title="evalmode",
         version=version("evalmode"),
@@ -58,7 +63,7 @@ def _fastapi(repository: Repository, crew: Crew, settings: Settings, readiness: 
         redoc_url=None,
         redirect_slashes=False,
     )
-    _add_documentation(app, repository)
+    _add_documentation(app, repository, needs_keys=needs_keys)
     _add_health(app, readiness)
     _add_statistics(app, repository, crew)  # before the models: /v2/models/stats is no model
     _add_metadata(app, repository)
@@ -69,19 +74,14 @@ def _fastapi(repository: Repository, crew: Crew, settings: Settings, readiness: 
     return app
 
 
-def _add_documentation(app: FastAPI, repository: Repository) -> None:
+def _add_documentation(app: FastAPI, repository: Repository, *, needs_keys: bool) -> None:
     app.mount("/docs/assets", StaticFiles(directory=PAGE_FOLDER / "swagger-ui"), name="swagger-ui")
+    app.mount("/docs/page", StaticFiles(directory=PAGE_FOLDER / "docs"), name="docs")
+    page = (PAGE_FOLDER / "docs" / "index.html").read_text(encoding="utf-8")
 
     @app.get("/docs", include_in_schema=False)
     def documentation() -> HTMLResponse:
-        return get_swagger_ui_html(
-            openapi_url="/openapi.json",
-            title="evalmode",
-            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
-            swagger_css_url="/docs/assets/swagger-ui.css",
-            swagger_favicon_url="/docs/assets/favicon-32x32.png",
-            swagger_ui_parameters={"tryItOutEnabled": True, "defaultModelsExpandDepth": 0},
-        )
+        return HTMLResponse(page)
 
     @app.get("/", include_in_schema=False)
     def front() -> RedirectResponse:
@@ -94,7 +94,8 @@ def _add_documentation(app: FastAPI, repository: Repository) -> None:
         if app.openapi_schema is None or documented != list(map(ref, repository.models)):
             own = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             documented = list(map(ref, repository.models))
-            app.openapi_schema = openapi.with_models(own, repository.models)
+            whole = openapi.with_models(own, repository.models)
+            app.openapi_schema = openapi.with_keys(whole) if needs_keys else whole
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]  # the way FastAPI documents for extending it

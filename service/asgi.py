@@ -2,6 +2,8 @@
 
 A request with a compressed or a chunked body, of HTTP/1.0 or with anything else that is out of the ordinary comes this
 way; connection.py says which do not.
+
+Rule 1: whether the caller may ask at all is the first question (access.py).
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import sys
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, final
 
-from service.errors import BadRequest, BodyTooLarge, MethodNotAllowed
+from service.access import Access
+from service.errors import BadRequest, BodyTooLarge, MethodNotAllowed, RequestError
+from service.page_headers import with_page_headers
 from service.prediction import (
     REQUEST_ID,
     THREAD_BYTES,
@@ -44,9 +48,12 @@ _UNKNOWN: dict[str, Callable[[], bool]] = {GONE: lambda: False}
 class Application:
     """Answers predictions; hands everything else to `rest`."""
 
-    def __init__(self, predictions: Predictions, readiness: Readiness, *, body_limit_bytes: int, rest: Asgi) -> None:
+    def __init__(
+        self, predictions: Predictions, readiness: Readiness, access: Access, *, body_limit_bytes: int, rest: Asgi
+    ) -> None:
         self.predictions = predictions
         self.readiness = readiness
+        self.access = access
         self.body_limit_bytes = body_limit_bytes
         self._rest = rest
 
@@ -57,13 +64,18 @@ class Application:
         headers = headers_by_name(scope["headers"])
         if b"%2" in (raw_path := scope.get("raw_path") or b""):
             scope = {**scope, "path": _with_slashes_as_sent(scope["path"], raw_path)}
+        if scope.get("root_path"):  # of another server; what is checked here is what is routed
+            scope = {**scope, "root_path": ""}
+        try:
+            self.access.check(scope["path"], headers)
+        except RequestError as error:
+            await _send(send, *refusal(error, request_id(headers)))
+            return
         route = route_of(scope["path"])
         if route is None:
-            await self._rest(scope, receive, _with_request_id(send, request_id(headers)))
-            return
-        status, said, content = await self._answer(scope, headers, route, receive)
-        await send({"type": "http.response.start", "status": status, "headers": said})
-        await send({"type": "http.response.body", "body": content})
+            await self._rest(scope, receive, _with_usual_headers(send, request_id(headers)))
+        else:
+            await _send(send, *await self._answer(scope, headers, route, receive))
 
     async def _answer(self, scope: Scope, headers: Headers, route: Route, receive: Receive) -> tuple[int, Said, bytes]:
         try:
@@ -134,10 +146,16 @@ def _with_slashes_as_sent(path: str, raw_path: bytes) -> str:
     return raw_path.decode("latin-1") if b"%2f" in raw_path.lower() else path
 
 
-def _with_request_id(send: Send, request_id: bytes) -> Send:
-    async def send_with_request_id(message: Message) -> None:
+async def _send(send: Send, status: int, said: Said, content: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": said})
+    await send({"type": "http.response.body", "body": content})
+
+
+def _with_usual_headers(send: Send, request_id: bytes) -> Send:
+    async def send_with_usual_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
+            said = with_page_headers(message.get("headers", ()))
+            message["headers"] = [*said, (REQUEST_ID, request_id)]
         await send(message)
 
-    return send_with_request_id
+    return send_with_usual_headers

@@ -11,7 +11,8 @@ Rule 2: whoever does not read its answers is asgi.py's, which waits for it.
 Rule 3: a request that is here is answered, whatever follows it: bytes that are not HTTP, or the end of the process.
         Once that is near, each answer says that the connection closes, so that the next request goes elsewhere.
 Rule 4: whoever closes its side has left, and is not computed for.
-Rule 5: nobody holds a connection for nothing. The server looks now and then (`close_if_late`); there is no timer for
+Rule 5: whoever may not predict is asgi.py's, before anything of the body is read: this one has no words for it.
+Rule 6: nobody holds a connection for nothing. The server looks now and then (`close_if_late`); there is no timer for
         each request.
 
     whose turn         while                                           until
@@ -280,7 +281,12 @@ class Connection(HttpToolsProtocol):
             return None
         headers = headers_by_name(self.headers)
         body_bytes = declared_bytes(headers)
-        if body_bytes is None or body_bytes > self._application.body_limit_bytes or not _ELSEWHERE.isdisjoint(headers):
+        if (
+            body_bytes is None
+            or body_bytes > self._application.body_limit_bytes
+            or not _ELSEWHERE.isdisjoint(headers)
+            or not self._application.access.lets_predict(headers)
+        ):
             return None
         keep_alive = self.parser.should_keep_alive() and not self._application.readiness.ending
         return Exchange(route, headers, body_bytes, keep_alive=keep_alive)

@@ -27,6 +27,7 @@ The sentence names what, got, wanted, and what to do. A test compares this drawi
         │   ├── LoadRefused          400 load_refused
         │   ├── NotFinite            400 not_finite
         │   └── SeveralFaults        400 several_faults
+        ├── Unauthorized             401 unauthorized
         ├── Forbidden                403 forbidden
         ├── NotFound                 404 not_found
         │   ├── UnknownModel         404 unknown_model
@@ -262,14 +263,22 @@ class LoadRefused(BadRequest):
         super().__init__(f"version {version} of model '{model}' was {reason}")
 
 
+class Unauthorized(RequestError):
+    """No API key came, or none that is known here; nothing was read of the request but its head."""
+
+    status = 401
+    code = "unauthorized"
+
+    def __init__(self, *, presented: bool) -> None:
+        what = "the API key is not known here" if presented else "this takes an API key"
+        super().__init__(f"{what}; send one as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+
+
 class Forbidden(RequestError):
-    """Loading and unloading is for the machine itself: the service listens on other addresses too."""
+    """The API key lacks the right; or there are no keys, and this is for the machine itself."""
 
     status = 403
     code = "forbidden"
-
-    def __init__(self) -> None:
-        super().__init__("models are loaded and unloaded only where the service listens on loopback alone (--host)")
 
 
 class NotFound(RequestError):

@@ -8,10 +8,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import final
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Write `content` to `path`, replacing what is there; after a crash either the old or the new file is there.
+
+    Args:
+        mode: who may read it; by default everybody, as another user serves it.
 
     Raises:
         OSError: the disk is full or the folder is not writable; `path` is then unchanged.
@@ -23,7 +27,7 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(beside, 0o644)  # mkstemp makes it 0600, and another user serves it
+        os.chmod(beside, mode)  # mkstemp makes it 0600
         os.replace(beside, path)
     except BaseException:
         Path(beside).unlink(missing_ok=True)
@@ -61,6 +65,31 @@ def whole_folder(path: Path) -> Iterator[Path]:
             path.parent.rmdir()  # where nothing else is in it
         raise
     _sync_folder(path.parent)
+
+
+@final
+class Watched:
+    """Files that others may change."""
+
+    def __init__(self, *paths: Path) -> None:
+        self._paths = paths
+        self._seen = self._look()
+
+    def changed(self) -> bool:
+        """Whether they are other ones than when this was asked last."""
+        before, self._seen = self._seen, self._look()
+        return self._seen != before
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        return [_look(path) for path in self._paths]
+
+
+def _look(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _sync_folder(folder: Path) -> None:

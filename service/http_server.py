@@ -7,12 +7,14 @@ Rule 2: in a turn of the loop, several connections are taken, but not all. If it
 Rule 3: nothing that was accepted is lost when the process ends. After SIGTERM it is not ready, but answers all that
         comes for a while, until those who send it have noticed; each answer closes its connection. Then nobody is let
         in any more, what is there is answered, and the process ends. Ctrl-C goes without the while.
+Rule 4: over TLS, who does not complete the handshake in time, or speaks something else, is let go of, and nobody waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import signal
 import socket
 import sys
@@ -25,6 +27,7 @@ import uvicorn
 from service.asgi import Application
 from service.connection import Connection
 from service.memory import give_back
+from service.tls import GOODBYE_LIMIT_S, HANDSHAKE_LIMIT_S, Tls
 
 TICK_S = 1.0
 """How often the date header and late clients are looked after; uvicorn's own tenth of a second keeps an idle process
@@ -39,11 +42,17 @@ SHARED_TAKES_AT_ONCE = 4
 DRAIN_LIMIT_S = 30.0
 """What is not answered so long after nobody is let in any more is given up."""
 
+CONNECTING_LIMIT_S = 1.0
+"""Who is in a TLS handshake then has so long to come to its end."""
+
 DRAIN_TICK_S = 0.05
 
 FULL_PAUSE_S = 0.1
 EXHAUSTED_PAUSE_S = 1.0
 """Without a free file descriptor a connection is left waiting for so long, as asyncio's own servers do."""
+
+
+_log = logging.getLogger(__name__)
 
 
 def config(app: Application) -> uvicorn.Config:
@@ -74,12 +83,14 @@ class Server(uvicorn.Server):
         shutdown_delay_s: float = 0.0,
         max_connections: int = sys.maxsize,
         takes_at_once: int = TAKES_AT_ONCE,
+        tls: Tls | None = None,
     ) -> None:
         """
         Args:
             shutdown_delay_s: after SIGTERM, how long it is not ready and answers all the same.
             max_connections: while so many are open, others wait to be taken.
             takes_at_once: the most connections that are taken in a turn of the loop.
+            tls: None for plain HTTP.
         """
         super().__init__(config(app))
         self._app = app
@@ -88,6 +99,7 @@ class Server(uvicorn.Server):
         self._max_connections = max_connections
         self._takes_at_once = takes_at_once
         self._signals = asyncio.Queue[int]()
+        self._tls = tls
         self._connecting: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -124,13 +136,17 @@ class Server(uvicorn.Server):
             return await asyncio.wait_for(self._signals.get(), limit_s)
         except TimeoutError:
             await self.on_tick(0)
-            self._look_after_clients()
+            self._look_after()
             return None
 
-    def _look_after_clients(self) -> None:
+    def _look_after(self) -> None:
+        """Clients that are late, and files that have changed."""
         for connection in self._connections:
             connection.close_if_late()
         self._app.predictions.drop_late()
+        self._app.access.look_again()
+        if self._tls is not None:
+            self._tls.look_again()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
@@ -143,13 +159,13 @@ class Server(uvicorn.Server):
         self._take()  # who came before the end
         self._listening.close()
         if self._connecting:
-            await asyncio.wait(self._connecting)
+            await asyncio.wait(self._connecting, timeout=CONNECTING_LIMIT_S)
         for connection in self._connections:
             connection.shutdown()
         end_s = loop.time() + DRAIN_LIMIT_S
         while self.server_state.connections and not self.force_exit and loop.time() < end_s:
             await asyncio.sleep(DRAIN_TICK_S)
-            self._look_after_clients()
+            self._look_after()
         for connection in self._connections:
             connection.transport.abort()
         await super().shutdown()
@@ -172,9 +188,25 @@ class Server(uvicorn.Server):
                 return
             taken.setblocking(False)
             taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            task = asyncio.ensure_future(asyncio.get_running_loop().connect_accepted_socket(self._connection, taken))
+            task = asyncio.ensure_future(self._connect(taken))
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, taken: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        if self._tls is None:
+            await loop.connect_accepted_socket(self._connection, taken)
+            return
+        try:
+            await loop.connect_accepted_socket(
+                self._connection,
+                taken,
+                ssl=self._tls.context,
+                ssl_handshake_timeout=HANDSHAKE_LIMIT_S,
+                ssl_shutdown_timeout=GOODBYE_LIMIT_S,
+            )
+        except OSError as error:  # it does not speak TLS, or not as we do, or it left
+            _log.debug("a TLS handshake failed: %s", error)
 
     def _pause(self, pause_s: float) -> None:
         loop = asyncio.get_running_loop()

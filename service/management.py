@@ -14,11 +14,13 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service import openapi
+from service.asgi import headers_by_name
 from service.crew import Crew
-from service.errors import BadRequest, BodyTooLarge, Forbidden, NotFound, NotReady, clipped
+from service.errors import BadRequest, BodyTooLarge, Forbidden, NotFound, NotReady, UnsupportedMediaType, clipped
+from service.prediction import check_content_type
 from service.protocol.json import check_keys, parsed
 from service.repository import Repository
-from service.settings import Settings, is_loopback
+from service.settings import Settings
 
 LONGEST_BODY_BYTES = 64 * 1024
 """Nothing that is asked here is longer."""
@@ -63,8 +65,12 @@ async def _asked(request: Request, kind: type[AskedT], limit_bytes: int) -> Aske
     """The body of a management request, which may be empty and comes without a content type from some clients.
 
     Raises:
+        UnsupportedMediaType: it is said to be something else than JSON, such as what a form in a page sends.
         BadRequest: it is malformed, or does not fit.
     """
+    check_content_type(
+        headers_by_name(request.scope["headers"]), binary=True
+    )  # so aiohttp calls bytes, and no form does
     chunks: list[bytes] = []
     async for chunk in request.stream():
         chunks.append(chunk)
@@ -88,12 +94,12 @@ def _body_of(kind: type[_Asked]) -> dict[str, Any]:
 
 
 def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) -> None:
-    """Add its routes; loading and unloading are refused unless the service listens on loopback alone."""
-    allowed, limit_bytes = is_loopback(settings.host), min(settings.body_limit_bytes, LONGEST_BODY_BYTES)
+    """Add its routes; access.py says who may load and unload."""
+    limit_bytes = min(settings.body_limit_bytes, LONGEST_BODY_BYTES)
     tags: list[str | Enum] = ["Model repository"]
     about: dict[str, Any] = {
         "tags": tags,
-        "responses": openapi.responses(BadRequest, Forbidden, NotFound, NotReady),
+        "responses": openapi.responses(BadRequest, Forbidden, NotFound, UnsupportedMediaType, NotReady),
         "openapi_extra": _body_of(LoadRequest),
     }
 
@@ -101,7 +107,7 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
         "/v2/repository/index",
         tags=tags,
         summary="Every version looked at, and what became of it",
-        responses=openapi.responses(BadRequest),
+        responses=openapi.responses(BadRequest, UnsupportedMediaType),
         openapi_extra=_body_of(IndexRequest),
     )
     async def index(request: Request) -> list[dict[str, str]]:
@@ -114,16 +120,12 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
 
     @app.post("/v2/repository/models/{model}/load", summary="Serve its newest version", **about)
     async def load(model: str, request: Request) -> Response:
-        if not allowed:
-            raise Forbidden
         await _asked(request, LoadRequest, limit_bytes)
         await crew.load(model)
         return Response()
 
     @app.post("/v2/repository/models/{model}/unload", summary="Stop serving it", **about)
     async def unload(model: str, request: Request) -> Response:
-        if not allowed:
-            raise Forbidden
         await _asked(request, LoadRequest, limit_bytes)
         await crew.unload(model)
         return Response()
@@ -143,16 +145,12 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
         **{**about, "openapi_extra": _body_of(AliasRequest)},
     )
     async def move_alias(model: str, alias: str, request: Request) -> dict[str, str | bool]:
-        if not allowed:
-            raise Forbidden
         asked = await _asked(request, AliasRequest, limit_bytes)
         kept = await crew.move_alias(model, alias, asked.version)
         return {"model": model, "alias": alias, "version": asked.version, "survives_restart": kept}
 
     @app.delete("/v2/repository/models/{model}/aliases/{alias}", summary="Take a name away", **about)
     async def remove_alias(model: str, alias: str, request: Request) -> Response:
-        if not allowed:
-            raise Forbidden
         await _asked(request, LoadRequest, limit_bytes)
         await crew.move_alias(model, alias, None)
         return Response()

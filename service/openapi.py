@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from service.access import is_open
 from service.errors import (
     BadRequest,
     BodyTooLarge,
@@ -22,6 +23,7 @@ from service.errors import (
     NotFound,
     NotReady,
     RequestError,
+    Unauthorized,
     UnsupportedMediaType,
 )
 from service.numerics import made_up_rows
@@ -43,13 +45,22 @@ ERROR_SCHEMA: Schema = {
 _ERRORS: tuple[type[RequestError], ...] = (
     BadRequest, Forbidden, NotFound, BodyTooLarge, UnsupportedMediaType, Internal, NotReady, DeadlineExceeded,
 )  # fmt: skip
-ERROR_RESPONSES: Schema = {
-    str(error.status): {
+
+
+def _response(error: type[RequestError]) -> Schema:
+    return {
         "description": (error.__doc__ or "").splitlines()[0],
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
     }
-    for error in _ERRORS
+
+
+ERROR_RESPONSES: Schema = {str(error.status): _response(error) for error in _ERRORS}
+
+KEY_SCHEMES: Schema = {
+    "key": {"type": "http", "scheme": "bearer", "description": "An API key: 'Authorization: Bearer KEY'."},
+    "key_header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
 }
+"""The page of the documentation (page/docs) knows the first by its name."""
 
 
 def responses(*errors: type[RequestError]) -> dict[int | str, Schema]:
@@ -80,6 +91,29 @@ def with_models(document: Schema, models: Sequence[Live]) -> Schema:
         **document,
         "paths": {**paths, **document["paths"]},
         "components": {**components, "schemas": {**schemas, **components.get("schemas", {})}},
+    }
+
+
+def with_keys(document: Schema) -> Schema:
+    """The document of a service that needs API keys.
+
+    Args:
+        document: not changed.
+    """
+    refusal = {str(Unauthorized.status): _response(Unauthorized)}
+    paths: Schema = {}
+    for path, operations in document["paths"].items():
+        paths[path] = {
+            method: {**operation, "security": []}
+            if is_open(path)
+            else {**operation, "responses": {**operation["responses"], **refusal}}
+            for method, operation in operations.items()
+        }
+    return {
+        **document,
+        "paths": paths,
+        "components": {**document["components"], "securitySchemes": KEY_SCHEMES},
+        "security": [{name: []} for name in KEY_SCHEMES],
     }
 
 

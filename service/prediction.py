@@ -26,10 +26,12 @@ from service.errors import (
     MethodNotAllowed,
     QueueFull,
     RequestError,
+    Unauthorized,
     UnsupportedEncoding,
     UnsupportedMediaType,
     clipped,
 )
+from service.page_headers import NOSNIFF
 from service.protocol import JSON, OCTET_STREAM, Body, Parse, Request, predict, v2
 from service.protocol.compression import WORTH_BYTES, Encoding, accepted, compressed
 from service.protocol.json import error_body
@@ -202,7 +204,9 @@ def refusal(error: BaseException, request_id: bytes) -> tuple[int, Said, bytes]:
         _log.error("prediction failed, request id %s", request_id.decode(), exc_info=error)
         error = Internal()
     content = error_body(error)
-    said = [_JSON_TYPE, (b"content-length", b"%d" % len(content)), (REQUEST_ID, request_id)]
+    said = [_JSON_TYPE, NOSNIFF, (b"content-length", b"%d" % len(content)), (REQUEST_ID, request_id)]
+    if isinstance(error, Unauthorized):
+        said.append((b"www-authenticate", b"Bearer"))
     if isinstance(error, MethodNotAllowed):
         said.append((b"allow", b"POST"))
     if isinstance(error, QueueFull):

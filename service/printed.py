@@ -11,6 +11,7 @@ from service.numerics import made_up_rows
 from service.openapi import infer_example
 from service.protocol.v2 import BINARY_OUTPUTS, BINARY_SIZE
 from service.repository import Entry, Live, Repository
+from service.settings import Settings
 
 
 def say(text: str) -> None:
@@ -42,18 +43,19 @@ def tell(entry: Entry) -> None:
     say(f"    independence  {live.batching.independence.kind}{bound}, in {tried}{where}")
 
 
-def announcement(repository: Repository, host: str, port: int, *, workers: int) -> str:
+def announcement(repository: Repository, host: str, port: int, settings: Settings) -> str:
     """Addresses, and a call that works as printed."""
     local = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    address = f"http://{local}:{port}"
-    several = f"\nworkers       {workers}" if workers > 1 else ""
+    address = f"{'https' if settings.tls_certificate else 'http'}://{local}:{port}"
+    several = f"\nworkers       {settings.workers}" if settings.workers > 1 else ""
+    keys = "\nAPI keys      needed; 'evalmode key' makes one" if settings.keys_file else ""
     return f"""
 serving at    {address}
-API docs      {address}/docs{several}
+API docs      {address}/docs{several}{keys}
 
 Try it:
 
-{_call(repository, address)}
+{_call(repository, _Curl(address, settings))}
 """
 
 
@@ -61,9 +63,22 @@ LONGEST_CALL = 2000
 """Characters of a call that people can still read; a larger one sends zeros in binary."""
 
 
-def _call(repository: Repository, address: str) -> str:
+class _Curl:
+    """The beginning of a call; the certificate is for another name than the one that is called here."""
+
+    def __init__(self, address: str, settings: Settings) -> None:
+        self._address = address
+        self._flags = " --insecure" if settings.tls_certificate else ""
+        if settings.keys_file:
+            self._flags += ' -H "Authorization: Bearer $KEY"'
+
+    def to(self, path: str) -> str:
+        return f"curl {self._address}{path}{self._flags}"
+
+
+def _call(repository: Repository, curl: _Curl) -> str:
     if not repository.models:
-        return f"nothing is served now; curl {address}/v2/repository/index -X POST says why"
+        return f"nothing is served now; {curl.to('/v2/repository/index')} -X POST says why"
     live = next((live for live in repository.models if live.reader is not None), repository.models[0])
     if live.reader is not None:
         path = "/predict" if len(repository.models) == 1 else f"/models/{live.name}/predict"
@@ -72,14 +87,14 @@ def _call(repository: Repository, address: str) -> str:
         path = f"/v2/models/{live.name}/infer"
         signature = live.admitted.signature
         if any(spec.datatype == "FP16" for spec in (*signature.inputs, *signature.outputs)):
-            return _binary_call(live, address + path)
+            return _binary_call(live, curl.to(path))
         body = orjson.dumps(infer_example(live)).decode()
         if len(body) > LONGEST_CALL and all(spec.datatype != "BYTES" for spec in live.admitted.signature.inputs):
-            return _binary_call(live, address + path)
-    return f"curl {address}{path} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+            return _binary_call(live, curl.to(path))
+    return f"{curl.to(path)} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
-def _binary_call(live: Live, url: str) -> str:
+def _binary_call(live: Live, call: str) -> str:
     """One row of zeros, in binary, for a shell of any kind."""
     signature = live.admitted.signature
     rows = made_up_rows(signature.inputs, count=1)
@@ -100,6 +115,6 @@ def _binary_call(live: Live, url: str) -> str:
     head = orjson.dumps(request).decode()
     return (
         f"{{ printf %s {shlex.quote(head)}; head -c {size} /dev/zero; }} |\n"
-        f"curl {url} -H 'Content-Type: application/octet-stream' "
+        f"{call} -H 'Content-Type: application/octet-stream' "
         f"-H 'Inference-Header-Content-Length: {len(head)}' --data-binary @-"
     )

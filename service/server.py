@@ -17,20 +17,23 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from service.access import Access
 from service.errors import Refused
 from service.settings import Settings
+from service.tls import tls_of
 
 
 def serve(path: Path, settings: Settings) -> None:
     """Serve what is at `path` until SIGINT or SIGTERM.
 
     Raises:
-        WrongCall: there is nothing to serve at `path`.
+        WrongCall: there is nothing to serve at `path`, or the files of keys or certificates cannot be used.
         Refused: the port is taken, the device cannot be had, no model was admitted, or no worker can be started.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to drain
     _allow_descriptors()
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    Access(settings), tls_of(settings)  # what is wrong with their files is said before anything is begun
     with _listening(settings.host, settings.port) as listening:
         if settings.workers == 1:
             from service.alone import serve_alone  # the engine is loaded where models run, and nowhere else

@@ -57,6 +57,13 @@ class Settings(BaseSettings):
     )
     admission_limit_s: float = Field(default=60.0, gt=0, description="How long the admission of one version may take.")
     body_limit_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body that is read.")
+    keys_file: Path | None = Field(
+        default=None, description="API keys with their rights, made with 'evalmode key'; without it none are needed."
+    )
+    tls_certificate: Path | None = Field(
+        default=None, description="A certificate and its chain (PEM), to serve over TLS; with --tls-key."
+    )
+    tls_key: Path | None = Field(default=None, description="The private key of the certificate (PEM).")
     log_level: LogLevel = Field(default="info", description="The least that is logged.")
 
     @field_validator("versions")

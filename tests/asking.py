@@ -45,7 +45,7 @@ Scenario = Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]]
 def talk(repository: Repository, scenario: Scenario, settings: Settings | None = None) -> Any:
     async def conversation() -> Any:
         transport = httpx.ASGITransport(app=_app(repository, settings or Settings()))
-        async with httpx.AsyncClient(transport=transport, base_url="http://service", trust_env=False) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", trust_env=False) as client:
             return await scenario(client)
 
     return asyncio.run(conversation())

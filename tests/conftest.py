@@ -55,7 +55,7 @@ def serve() -> Iterator[Serve]:
                 break
         killer.cancel()
         printed = "".join(lines)
-        found = re.search(r"serving at +(http://\S+)", printed)
+        found = re.search(r"serving at +(https?://\S+)", printed)
         assert found, printed
         return Serving(process=process, address=found[1], printed=printed, started_s=time.perf_counter() - started)
 

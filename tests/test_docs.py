@@ -66,12 +66,24 @@ def test_every_make_target_in_the_readme_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "DECISIONS.md", "CHANGELOG.md", "deploy/README.md", "docs/rules/README.md"]
+    "file",
+    ["README.md", "DECISIONS.md", "CHANGELOG.md", "deploy/README.md", "docs/rules/README.md", "docs/threat-model.md"],
 )
 def test_links_lead_somewhere(file: str) -> None:
     folder = (ROOT / file).parent
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / file).read_text(encoding="utf-8")):
         assert target.startswith("https://") or (folder / target).exists(), target
+
+
+def test_the_threat_model_names_what_is_there() -> None:
+    """Each protection by the file that does it and the test that shows it."""
+    page = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:service|tests)/[\w/.]*)`", page)
+    assert len(set(named)) > 15
+    for file in named:
+        assert (ROOT / file).exists(), file
+    for file in re.findall(r"`(test_\w+\.py)`", page):
+        assert (ROOT / "tests" / "service" / file).exists(), file
 
 
 def failure_modes() -> list[tuple[str, list[str]]]:

@@ -28,6 +28,7 @@ from service.printed import announcement
 from service.repository import Entry, Repository, load_these
 from service.settings import Settings
 from service.statistics import Document
+from service.tls import tls_of
 from service.workers.channel import Channel, Facts, Gone
 from service.workers.verdicts import Verdict
 
@@ -92,7 +93,7 @@ class Worker:
             wanted = [Verdict(**verdict) for verdict in verdicts]
             self._repository = await asyncio.to_thread(_loaded_as, path, settings, wanted, facts["aliases"])
         host, port = self._listening.getsockname()[:2]
-        said = announcement(self._repository, host, port, workers=settings.workers)
+        said = announcement(self._repository, host, port, settings)
         return {"verdicts": verdicts, "aliases": self._repository.all_aliases, "announcement": said}
 
     async def _listen(self) -> None:
@@ -105,6 +106,7 @@ class Worker:
             shutdown_delay_s=self._settings.shutdown_delay_s,
             max_connections=self._settings.max_connections,
             takes_at_once=SHARED_TAKES_AT_ONCE,
+            tls=tls_of(self._settings),
         )
         self._tasks.create_task(server.serve(sockets=[self._listening]))
         await listens.wait()

@@ -28,7 +28,7 @@ def image_model(folder: Path) -> Path:
 
 
 def said(repository: Repository) -> str:
-    return announcement(repository, "127.0.0.1", 8000, workers=1)
+    return announcement(repository, "127.0.0.1", 8000, Settings())
 
 
 def test_the_call_for_an_image_is_a_line_that_sends_zeros(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""`evalmode key`: a new API key. It is shown once; what is kept of it goes into the keys file."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from service.files import write_whole
+from service.keys import Key, made_key, read_keys
+
+
+def key(
+    name: str,
+    /,
+    *,
+    rights: str = "predict",
+    file: Path | None = None,
+) -> None:
+    """Make an API key for 'evalmode serve --keys-file'.
+
+    The key is printed once and kept nowhere; the file has its hash. A service that runs reads the file again by itself,
+    so a key is changed by adding a new one, moving its users, and deleting the line of the old one.
+
+    Examples:
+
+        evalmode key shop --file keys.txt
+        evalmode key operator --rights manage,metrics --file keys.txt
+
+    Parameters
+    ----------
+    name
+        Whose key it is: letters, digits, dots, hyphens and underscores.
+    rights
+        One or several of predict, manage and metrics, between commas.
+    file
+        The keys file, which gets one line more; without it the line is printed.
+    """
+    secret, made = made_key(name, rights.split(","))
+    if file is not None:
+        _append(file, made)
+    print(f"key:     {secret}\nwritten: {file}" if file is not None else f"key:     {secret}\nline:    {made.line}")
+    print("\nThe key is shown this once. Callers send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.")
+
+
+def _append(file: Path, made: Key) -> None:
+    """One line more, in a file that keeps its owner and who may read it; a new one is for its owner alone."""
+    before, mode, owner = b"", 0o600, None
+    if file.exists():
+        read_keys(file)  # a file that is wrong is not made longer
+        before = file.read_bytes()
+        found = file.stat()
+        mode, owner = found.st_mode & 0o777, (found.st_uid, found.st_gid)
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
+    write_whole(file, before + made.line.encode() + b"\n", mode=mode)
+    if owner is not None:
+        with suppress(PermissionError):  # only root can give it back to another
+            os.chown(file, *owner)

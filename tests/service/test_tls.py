@@ -1,0 +1,245 @@
+"""TLS on real sockets: everything that works without it works with it, and who does not speak it harms nobody."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from service import http_server
+from service.app import create_app
+from service.asgi import Application
+from service.errors import WrongCall
+from service.large_body import LARGE_BODY_BYTES
+from service.repository import Repository
+from service.settings import Settings
+from service.tls import Tls, tls_of
+from tests.asking import binary_message, loaded, save
+from tests.certificates import Certificate, write_certificate
+from tests.serving import LIMIT_S, At, served
+
+INFER = "/v2/models/wide/infer"
+LARGE = 3 * LARGE_BODY_BYTES // 4 * 4
+
+
+def wide_model() -> onnx.ModelProto:
+    """y = 2 x, of any width."""
+    edges = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "width"]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "wide", [edges[0]], [edges[1]])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    models = tmp_path_factory.mktemp("models")
+    save(models, "wide", wide_model())
+    return loaded(models)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return write_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def app(repository: Repository) -> Application:
+    return create_app(repository, Settings())
+
+
+@pytest.fixture
+def at(app: Application, certificate: Certificate) -> Iterator[At]:
+    with served(app, tls=Tls(certificate.certificate, certificate.key)) as at:
+        yield at
+
+
+def encrypted(at: At, certificate: Certificate) -> ssl.SSLSocket:
+    return certificate.trusting().wrap_socket(at.connect(), server_hostname=at.host)
+
+
+def request_of(count: int, *headers: str) -> tuple[bytes, bytes]:
+    """So many numbers in binary, and the bytes of the answer's tensor."""
+    x = np.arange(count, dtype=np.float32).reshape(1, count)
+    said = {
+        "inputs": [
+            {"name": "x", "shape": [1, count], "datatype": "FP32", "parameters": {"binary_data_size": x.nbytes}}
+        ],
+        "parameters": {"binary_data_output": True},
+    }
+    body, its_headers = binary_message(said, x.tobytes())
+    lines = [f"POST {INFER} HTTP/1.1", "host: x", f"content-length: {len(body)}", *headers]
+    lines += [f"{name}: {value}" for name, value in its_headers.items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body, (x * 2).tobytes()
+
+
+def received(connection: socket.socket, *wanted: bytes) -> None:
+    """The answers to requests, one after another and each whole."""
+    buffer = b""
+    for content in wanted:
+        while b"\r\n\r\n" not in buffer:
+            buffer += connection.recv(1 << 16)
+        head, _, buffer = buffer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 "), head + buffer
+        (length,) = [int(line[16:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length: ")]
+        while len(buffer) < length:
+            buffer += connection.recv(1 << 16)
+        body, buffer = buffer[:length], buffer[length:]
+        assert body.endswith(content)
+    assert buffer == b""
+
+
+@pytest.mark.parametrize("count", [3, LARGE_BODY_BYTES // 4, LARGE, 2_000_000])
+def test_bodies_of_every_size(at: At, certificate: Certificate, count: int) -> None:
+    """Small ones and those that are read into their place, in turns on one connection."""
+    with encrypted(at, certificate) as connection:
+        for size in (count, 5, count + 1, 7):
+            request, wanted = request_of(size)
+            connection.sendall(request)
+            received(connection, wanted)
+
+
+@pytest.mark.parametrize("pause_after", [1, 100, LARGE_BODY_BYTES, LARGE * 2])
+def test_a_large_body_in_pieces(at: At, certificate: Certificate, pause_after: int) -> None:
+    """However the records fall: what belongs to the next request is not taken for the body, nor lost."""
+    one, wanted = request_of(LARGE)
+    other, other_wanted = request_of(4)
+    content = one + other
+    with encrypted(at, certificate) as connection:
+        connection.sendall(content[:pause_after])
+        connection.sendall(content[pause_after:])
+        received(connection, wanted, other_wanted)
+
+
+def test_pipelining(at: At, certificate: Certificate) -> None:
+    """Answered in order, small and large."""
+    sent = [request_of(size) for size in (3, LARGE, 4, 5, LARGE + 1, 6)]
+    with encrypted(at, certificate) as connection:
+        connection.settimeout(LIMIT_S)
+        connection.sendall(b"".join(request for request, _ in sent[:1] + sent[2:4]))
+        received(connection, *(wanted for _, wanted in sent[:1] + sent[2:4]))
+        for request, wanted in sent:
+            connection.sendall(request)
+            received(connection, wanted)
+
+
+def test_the_application_knows_that_it_is_https(at: At, app: Application, certificate: Certificate) -> None:
+    """A redirect and the scope say so."""
+    seen: list[str] = []
+    rest = app._rest
+
+    async def noting(scope: object, receive: object, send: object) -> None:
+        seen.append(scope["scheme"])  # type: ignore[index]
+        await rest(scope, receive, send)  # type: ignore[arg-type]
+
+    app._rest = noting
+    url = f"https://{at.host}:{at.port}"
+    with httpx.Client(verify=certificate.trusting(), trust_env=False) as client:
+        assert client.get(f"{url}/v2/health/ready").json() == {"ready": True}
+        assert client.get(url, follow_redirects=True).url == f"{url}/docs"
+    assert set(seen) == {"https"}
+
+
+def test_old_protocols_are_refused(at: At, certificate: Certificate) -> None:
+    context = certificate.trusting()
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with at.connect() as plain, pytest.raises(ssl.SSLError):
+        context.wrap_socket(plain, server_hostname=at.host)
+
+
+def answers(at: At, certificate: Certificate) -> bool:
+    with encrypted(at, certificate) as connection:
+        request, wanted = request_of(3)
+        connection.sendall(request)
+        received(connection, wanted)
+    return True
+
+
+def test_plain_http_and_noise_harm_nobody(at: At, certificate: Certificate, caplog: pytest.LogCaptureFixture) -> None:
+    """They are let go of, without a line in the log that anyone could fill a disk with."""
+    for noise in (b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n", b"\x16\x03\x01\xff\xff" + b"x" * 500, b""):
+        with at.connect() as connection:
+            connection.sendall(noise)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):
+                pass
+    with pytest.raises(ssl.SSLError):  # it does not trust the certificate
+        ssl.create_default_context().wrap_socket(at.connect(), server_hostname=at.host)
+    assert answers(at, certificate)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_handshake_that_stalls_is_let_go_of(
+    app: Application, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are served meanwhile, and the end of the service does not wait for it."""
+    monkeypatch.setattr(http_server, "HANDSHAKE_LIMIT_S", 0.3)
+    with served(app, tls=Tls(certificate.certificate, certificate.key)) as at:
+        stalled = [at.connect() for _ in range(20)]
+        for connection in stalled[:10]:
+            connection.sendall(b"\x16\x03\x01")
+        assert answers(at, certificate)
+        for connection in stalled:
+            assert connection.recv(1) == b""
+            connection.close()
+    monkeypatch.setattr(http_server, "HANDSHAKE_LIMIT_S", 60)
+    with served(app, tls=Tls(certificate.certificate, certificate.key)) as at, at.connect() as stalled_to_the_end:
+        assert answers(at, certificate)
+        stalled_to_the_end.sendall(b"\x16")
+
+
+def test_a_renewed_certificate_is_served_without_a_restart(
+    app: Application, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also if it comes before its key: until both are there the old one is served."""
+    monkeypatch.setattr(http_server, "TICK_S", 0.02)
+    old, new = write_certificate(tmp_path), write_certificate(tmp_path, "new")
+    with served(app, tls=Tls(old.certificate, old.key)) as at:
+        trusting_the_old = old.trusting()
+        shutil.copyfile(new.certificate, old.certificate)
+        while "is not the key of the certificate" not in caplog.text:
+            pass
+        trusting_the_old.wrap_socket(at.connect(), server_hostname=at.host).close()
+        with caplog.at_level(logging.INFO):
+            shutil.copyfile(new.key, old.key)
+            while "was read again" not in caplog.text:
+                pass
+        assert answers(at, new)
+
+
+def test_what_cannot_be_used_is_a_wrong_call(tmp_path: Path, certificate: Certificate) -> None:
+    other = write_certificate(tmp_path, "other")
+    locked = write_certificate(tmp_path, "locked", passphrase=b"secret")
+    (tmp_path / "empty").write_bytes(b"")
+    cases: list[tuple[Path | None, Path | None, str]] = [
+        (certificate.certificate, None, "belong together"),
+        (None, certificate.key, "belong together"),
+        (tmp_path / "none", certificate.key, "--tls-certificate '.*none' cannot be read: No such file"),
+        (certificate.certificate, tmp_path, "--tls-key '.*' cannot be read: Is a directory"),
+        (certificate.certificate, other.key, "is not the key of the certificate"),
+        (locked.certificate, locked.key, "is encrypted; give one without a passphrase"),
+        (tmp_path / "empty", certificate.key, "are not a certificate and its key in PEM"),
+        (certificate.certificate, tmp_path / "empty", "are not a certificate and its key in PEM"),
+    ]
+    for its, key, sentence in cases:
+        with pytest.raises(WrongCall, match=sentence):
+            tls_of(Settings(tls_certificate=its, tls_key=key))
+    assert tls_of(Settings()) is None
+
+
+def test_json_too(at: At, certificate: Certificate) -> None:
+    with httpx.Client(verify=certificate.trusting(), trust_env=False) as client:
+        body = {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}
+        for _ in range(3):
+            answer = client.post(f"https://{at.host}:{at.port}{INFER}", content=json.dumps(body))
+            assert answer.json()["outputs"][0]["data"] == [2, 4]

@@ -1,0 +1,59 @@
+"""The real server on a real socket, in a thread of the test."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from uvicorn.loops.auto import auto_loop_factory
+
+from service.asgi import Application
+from service.http_server import Server
+from service.tls import Tls
+
+LIMIT_S = 20
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """Where it listens."""
+
+    host: str
+    port: int
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection((self.host, self.port), timeout=LIMIT_S)
+
+    def exchange(self, request: bytes) -> bytes:
+        """All that comes back on a connection of its own, which the server has to close."""
+        with self.connect() as connection:
+            connection.sendall(request)
+            answer = b""
+            while chunk := connection.recv(65536):
+                answer += chunk
+            return answer
+
+
+@contextmanager
+def served(app: Application, *, tls: Tls | None = None) -> Iterator[At]:
+    listens = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = Server(app, listens.set, tls=tls)
+
+        def serve() -> None:
+            with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+                runner.run(server.serve(sockets=[listening]))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            assert listens.wait(LIMIT_S)
+            yield At(*listening.getsockname()[:2])
+        finally:
+            server.handle_exit(15, None)
+            thread.join(LIMIT_S)
+            assert not thread.is_alive()
