@@ -62,14 +62,20 @@ def find(path: Path, model: str | None = None, *, called: str = "") -> list[Foun
             if model is None or (NAME_PATTERN.fullmatch(model) and folder.is_dir())
             for version in versions_in(folder)
         ]
-    if not found and len(files := sorted(path.glob("*.onnx"))) == 1:
-        found = find(files[0])
+    if not found and (file := only_file(path)) is not None:
+        found = find(file)
     if not found and model is None:
         raise WrongCall(
             f"'{path}' holds no models; it should hold NAME/VERSION/{MODEL_FILE}. "
             "`evalmode export` writes such a folder"
         )
     return [version for version in found if model is None or version.name == model]
+
+
+def only_file(path: Path) -> Path | None:
+    """The one ONNX file that lies in a folder."""
+    files = sorted(path.glob("*.onnx"))
+    return files[0] if len(files) == 1 else None
 
 
 def _called(name: str, found: Sequence[Found], path: Path) -> list[Found]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Protocol, final
 
 from service.errors import EvalmodeError, LoadRefused
-from service.places import MODEL_FILE, NAME_PATTERN, plain_name, safe_name, version_called
+from service.places import MODEL_FILE, NAME_PATTERN, only_file, plain_name, safe_name, version_called
 
 Key = tuple[str, str]
 """Model and version."""
@@ -66,10 +66,13 @@ def look(path: Path, *, called: str = "") -> Seen:
                     pass
                 except OSError as error:
                     unreadable[model.name] = str(error.strerror)
+            if not versions and not unreadable and (file := only_file(path)) is not None:
+                versions[plain_name(file), "1"] = (_mark(file, file.name),)
     except OSError as error:
         unreadable[""] = str(error.strerror)
     if called:
         versions = {(called, version_called(path, version)): marks for (_, version), marks in versions.items()}
+        unreadable = {called if model else "": why for model, why in unreadable.items()}
     return Seen(versions=versions, unreadable=unreadable)
 
 
@@ -208,11 +211,13 @@ class Watcher:
     def _tell(self, unreadable: Mapping[str, str]) -> None:
         """Once for each trouble, and once for its end."""
         for model in unreadable.keys() - self._unreadable.keys():
-            where = self._path / model if model else self._path
-            _log.warning("'%s' cannot be read: %s; what was served goes on", where, unreadable[model])
+            _log.warning("'%s' cannot be read: %s; what was served goes on", self._place(model), unreadable[model])
         for model in self._unreadable.keys() - unreadable.keys():
-            _log.warning("'%s' can be read again", self._path / model if model else self._path)
+            _log.warning("'%s' can be read again", self._place(model))
         self._unreadable = dict(unreadable)
+
+    def _place(self, model: str) -> Path:
+        return self._path / model if model and not self._called else self._path
 
 
 async def _in_a_thread(work: Callable[[], Seen]) -> Seen:

@@ -20,6 +20,7 @@ from service import watching
 from service.bundle import MODEL_FILE, PASSPORT_FILE, Passport, digest
 from service.crew import Alone
 from service.errors import LoadRefused, NotReady
+from service.places import find
 from service.repository import Repository, load
 from service.runtime import place
 from service.settings import Settings
@@ -82,6 +83,19 @@ def test_a_look_finds_what_is_served(tmp_path: Path) -> None:
     assert list(look(tmp_path / "my net.onnx").versions) == [("my_net", "1")]
     (models / "credit" / "6").symlink_to(tmp_path / "nowhere")
     assert list(look(models).versions) == [("credit", "3")]
+
+
+def test_a_look_names_what_it_finds_as_it_is_served(tmp_path: Path) -> None:
+    """Under the setting 'name', and where a folder holds one file."""
+    bundle = write_table_bundle(tmp_path / "models", name="credit", version="3")
+    bare, only = tmp_path / "mounted", tmp_path / "only"
+    shutil.copytree(bundle, bare)
+    only.mkdir()
+    shutil.copy(bundle / MODEL_FILE, only / "net.onnx")
+    for path in (tmp_path / "models", bundle, bare, only):
+        for name in ("", "judge"):
+            served = [(found.name, found.version) for found in find(path, called=name)]
+            assert list(look(path, called=name).versions) == served
 
 
 def test_a_file_that_is_other_is_seen(tmp_path: Path) -> None:
