@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from time import perf_counter_ns
 from typing import Any, final
 
 from service.errors import BadRequest, BodyTooLarge, MethodNotAllowed
@@ -20,12 +21,15 @@ from service.prediction import (
     Route,
     Said,
     check_content_type,
+    code_of,
     refusal,
     request_id,
     route_of,
+    traced,
 )
 from service.protocol.compression import decompressed
 from service.readiness import Readiness
+from service.watch import ELSEWHERE, Ended
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -35,6 +39,11 @@ Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 GONE = "evalmode.gone"
 """An extension in the scope: says whether the client has left."""
+
+CODE = "evalmode.code"
+"""Put into the scope by whoever answers with an error: its code."""
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 _UNKNOWN: dict[str, Callable[[], bool]] = {GONE: lambda: False}
 """Of another server, which does not say."""
@@ -59,20 +68,63 @@ class Application:
             scope = {**scope, "path": _with_slashes_as_sent(scope["path"], raw_path)}
         route = route_of(scope["path"])
         if route is None:
-            await self._rest(scope, receive, _with_request_id(send, request_id(headers)))
+            await self._elsewhere(scope, headers, receive, send)
             return
         status, said, content = await self._answer(scope, headers, route, receive)
         await send({"type": "http.response.start", "status": status, "headers": said})
         await send({"type": "http.response.body", "body": content})
 
+    async def _elsewhere(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        """What is no prediction."""
+        began_ns = perf_counter_ns()
+        given = request_id(headers)
+        status = 500  # of whoever breaks before it answers
+
+        async def send_with_request_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, given)]
+            await send(message)
+
+        try:
+            await self._rest(scope, receive, send_with_request_id)
+        finally:
+            route = getattr(scope.get("route"), "path", ELSEWHERE)
+            self._ended(scope, headers, route, status, scope.get(CODE, ""), given, began_ns)
+
+    def _ended(
+        self, scope: Scope, headers: Headers, route: str, status: int, code: str, given: bytes, began_ns: int
+    ) -> None:
+        watch = self.predictions.watch
+        watch.counts.ended(route, status, reason=code)
+        for watcher in watch.wanting(status, route):
+            watcher.tell(
+                Ended(
+                    request_id=given.decode(),
+                    method=scope["method"] if scope["method"] in METHODS else "_OTHER",
+                    route=route,
+                    status=status,
+                    code=code,
+                    began_ns=began_ns,
+                    ended_ns=perf_counter_ns(),
+                    client=scope.get("client"),
+                    trace=traced(headers),
+                )
+            )
+
     async def _answer(self, scope: Scope, headers: Headers, route: Route, receive: Receive) -> tuple[int, Said, bytes]:
+        began_ns = perf_counter_ns()
         try:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(f"{scope['path']} takes POST, not {scope['method']}")
             check_content_type(headers, binary=route.binary)
             body = await self._body(receive, headers)
         except Exception as error:
-            return refusal(error, request_id(headers))
+            given = request_id(headers)
+            answer = refusal(error, given)
+            self._ended(scope, headers, route.pattern, answer[0], code_of(error), given, began_ns)
+            return answer
         answered: asyncio.Future[tuple[int, Said, bytes]] = asyncio.get_running_loop().create_future()
 
         def reply(status: int, said: Said, content: bytes) -> None:
@@ -80,7 +132,9 @@ class Application:
                 answered.set_result((status, said, content))
 
         left = scope.get("extensions", {}).get(GONE, _UNKNOWN)[GONE]
-        self.predictions.answer(route, headers, body, reply, gone=lambda: answered.done() or left())
+        self.predictions.answer(
+            route, headers, body, reply, gone=lambda: answered.done() or left(), client=scope.get("client")
+        )
         return await answered
 
     async def _body(self, receive: Receive, headers: Headers) -> bytes:
@@ -132,12 +186,3 @@ def headers_by_name(pairs: Sequence[tuple[bytes, bytes]]) -> Headers:
 def _with_slashes_as_sent(path: str, raw_path: bytes) -> str:
     """The path; as it was sent if a slash in it was encoded, so that what was one segment does not become two."""
     return raw_path.decode("latin-1") if b"%2f" in raw_path.lower() else path
-
-
-def _with_request_id(send: Send, request_id: bytes) -> Send:
-    async def send_with_request_id(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
-        await send(message)
-
-    return send_with_request_id

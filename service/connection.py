@@ -39,7 +39,7 @@ from uvicorn.server import ServerState
 from service.asgi import GONE, Application, declared_bytes, headers_by_name
 from service.errors import BadRequest, RequestTooSlow
 from service.large_body import LARGE_BODY_BYTES, LargeBody, place_for
-from service.prediction import Headers, Route, Said, declared_json_bytes, refusal, request_id, route_of
+from service.prediction import Headers, Route, Said, code_of, declared_json_bytes, refusal, request_id, route_of
 from service.protocol import Body
 
 KEEP_ALIVE_S = 75.0
@@ -238,7 +238,13 @@ class Connection(HttpToolsProtocol):
             self._reply(exchange, status, said, content)
 
         self._application.predictions.answer(
-            exchange.route, exchange.headers, exchange.give_body(), reply, alone=alone, gone=self.transport.is_closing
+            exchange.route,
+            exchange.headers,
+            exchange.give_body(),
+            reply,
+            alone=alone,
+            gone=self.transport.is_closing,
+            client=self.client,
         )
 
     def _short_way(self) -> Exchange | None:
@@ -306,7 +312,10 @@ class Connection(HttpToolsProtocol):
             self._refuse(BadRequest(f"the request is not valid HTTP/1.1: {msg.rstrip('.')}"))
 
     def _refuse(self, error: BaseException) -> None:
-        self._write(*refusal(error, request_id({})), keep_alive=False)
+        given = request_id({})
+        status, said, content = refusal(error, given)
+        self._write(status, said, content, keep_alive=False)
+        self._application.predictions.watch.refused_unread(status, code_of(error), given, self.client)
 
     def _last_owed(self) -> Exchange | RequestResponseCycle | None:
         """The last of the requests that are here and not answered."""

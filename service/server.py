@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import resource
 import signal
 import socket
@@ -17,6 +16,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from service import logs
 from service.errors import Refused
 from service.settings import Settings
 
@@ -30,7 +30,7 @@ def serve(path: Path, settings: Settings) -> None:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to drain
     _allow_descriptors()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.begin(settings.log_level, settings.log_format)
     with _listening(settings.host, settings.port) as listening:
         if settings.workers == 1:
             from service.alone import serve_alone  # the engine is loaded where models run, and nowhere else
