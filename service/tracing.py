@@ -11,6 +11,7 @@ Source: OpenTelemetry semantic conventions 1.29 for HTTP server spans.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 ASKED_FOR = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+CLOSE_LIMIT_S = 2.0
 
 
 def tracing(environment: Mapping[str, str] = os.environ) -> Tracing | None:
@@ -46,7 +49,8 @@ def tracing(environment: Mapping[str, str] = os.environ) -> Tracing | None:
             "or unset it"
         ) from error
     named = {} if environment.get("OTEL_SERVICE_NAME") else {"service.name": "evalmode"}
-    provider = TracerProvider(resource=Resource.create({**named, "service.version": version("evalmode")}))
+    resource = Resource.create({**named, "service.version": version("evalmode")})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return Tracing(provider)
 
@@ -103,4 +107,7 @@ class Tracing:
         span.end(since_1970_ns + ended.ended_ns)
 
     def close(self) -> None:
-        self._provider.shutdown()
+        """Send what is left, if somebody takes it; the SDK alone would wait for half a minute."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(CLOSE_LIMIT_S)
