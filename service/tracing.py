@@ -3,7 +3,7 @@
 Asked for by OTEL_EXPORTER_OTLP_ENDPOINT; all else is said to the SDK by its own variables (OTEL_SERVICE_NAME,
 OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS, ...). The caller's `traceparent` is the parent of the span.
 
-Rule 1: not asked for, nothing of OpenTelemetry is imported and nothing is done.
+Rule 1: not asked for, the SDK is not imported and nothing is done.
 Rule 2: spans are made when all is over, from the times that are measured anyhow, and sent by a thread of the SDK.
 Source: OpenTelemetry semantic conventions 1.29 for HTTP server spans.
 """

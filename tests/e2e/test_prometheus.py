@@ -108,10 +108,15 @@ def test_queries_have_the_right_numbers(
     query = prometheus(serving)
     predict(serving, 20)
     predict(serving, 3, {})
+    host, port = serving.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(b"what is this\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400")
     of_table = 'model="table", version="1", route="/predict"'
     until(query, f'sum(evalmode_requests_total{{{of_table}, code="200"}})', 20)
     until(query, f'sum(evalmode_requests_total{{{of_table}, code="400"}})', 3)
     until(query, 'sum(evalmode_refusals_total{model="table"})', 3)
+    until(query, 'evalmode_requests_total{model="", route="other", code="400"}', 1)
     until(query, 'evalmode_request_duration_seconds_count{model="table"}', 20)
     until(query, "evalmode_workers", workers)
     until(query, "sum(evalmode_batch_rows_sum)", 20)
