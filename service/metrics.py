@@ -83,7 +83,7 @@ def _build_info() -> Metric:
 def _states(entries: Iterable[Entry]) -> Metric:
     states = GaugeMetricFamily(
         "evalmode_model_state",
-        "1 for the state that a version is in, 0 for others; stale: ready, but its files were since changed or removed.",
+        "1 for the state that a version is in, else 0; stale: ready, but its files were since changed or removed.",
         labels=["model", "version", "state"],
     )
     for entry in entries:

@@ -84,7 +84,7 @@ FAMILIES: dict[str, Family] = {
     "evalmode_loads": Family(
         kind="counter",
         labels=("model", "result"),
-        help="How often a model's folder was looked at, at the start, by request or since it changed, and what came of it.",
+        help="How often a model was looked at, at the start, by request or since it changed, and what came of it.",
     ),
     "evalmode_worker_restarts": Family(kind="counter", help="Workers that ended and were replaced."),
     "evalmode_workers": Family(kind="gauge", help="Processes that serve."),
