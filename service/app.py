@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +16,10 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-from service import management, openapi
+from service import logs, management, metrics, openapi
 from service.access import Access
-from service.asgi import Application
+from service.access_log import AccessLog
+from service.asgi import CODE, Application
 from service.crew import Alone, Crew
 from service.errors import (
     Internal,
@@ -32,6 +35,8 @@ from service.readiness import Readiness
 from service.repository import Live, Repository
 from service.settings import Settings
 from service.statistics import Document
+from service.tracing import tracing
+from service.watch import Watch, Watcher
 
 PAGE_FOLDER = Path(__file__).parent / "page"
 DESCRIPTION = "Serves networks with BatchNorm exactly as they were evaluated: running statistics, never the batch's."
@@ -47,15 +52,32 @@ def create_app(repository: Repository, settings: Settings, crew: Crew | None = N
         WrongCall: the keys file cannot be read.
     """
     access, readiness = Access(settings), Readiness(repository)
-    rest = _fastapi(repository, crew or Alone(repository), settings, readiness, needs_keys=access.needs_keys)
-    predictions = Predictions(repository, timeout_s=settings.timeout_s or None)
+    watch = Watch(repository.counts, *_watchers(settings))
+    rest = _fastapi(repository, crew or Alone(repository), settings, readiness, watch, needs_keys=access.needs_keys)
+    predictions = Predictions(repository, timeout_s=settings.timeout_s or None, watch=watch)
     return Application(predictions, readiness, access, body_limit_bytes=settings.body_limit_bytes, rest=rest)
 
 
+def _watchers(settings: Settings) -> list[Watcher]:
+    watchers: list[Watcher] = []
+    if settings.access_log != "off":
+        watchers.append(AccessLog(settings.access_log))
+    if (traces := tracing()) is not None:
+        watchers.append(traces)
+    return watchers
+
+
 def _fastapi(
-    repository: Repository, crew: Crew, settings: Settings, readiness: Readiness, *, needs_keys: bool
+    repository: Repository, crew: Crew, settings: Settings, readiness: Readiness, watch: Watch, *, needs_keys: bool
 ) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        watch.close()
+        logs.flush()
+
     app = FastAPI(
+        lifespan=lifespan,
         title="evalmode",
         version=version("evalmode"),
         description=DESCRIPTION,
@@ -67,6 +89,7 @@ def _fastapi(
     _add_health(app, readiness)
     _add_statistics(app, repository, crew)  # before the models: /v2/models/stats is no model
     _add_metadata(app, repository)
+    metrics.add(app, repository, crew)
     management.add(app, repository, crew, settings)
     app.add_exception_handler(RequestError, _own_error)
     app.add_exception_handler(HTTPException, _framework_error)
@@ -156,22 +179,26 @@ def _add_statistics(app: FastAPI, repository: Repository, crew: Crew) -> None:
         return {"model_stats": [one for one in entries if one["name"] == live.name and one["version"] in wanted]}
 
 
-async def _own_error(_: Request, error: Exception) -> Response:
+async def _own_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return _answer(error)
+    return _answer(request, error)
 
 
 async def _framework_error(request: Request, error: Exception) -> Response:
     """What routing refuses, in the words of this service."""
     assert isinstance(error, HTTPException)
     if error.status_code == MethodNotAllowed.status:
-        return _answer(MethodNotAllowed(f"{request.url.path} does not take {request.method}"), error.headers)
-    return _answer(NotFound(f"there is nothing at {request.url.path}; GET /docs lists what there is"), error.headers)
+        refused = MethodNotAllowed(f"{request.url.path} does not take {request.method}")
+        return _answer(request, refused, error.headers)
+    return _answer(
+        request, NotFound(f"there is nothing at {request.url.path}; GET /docs lists what there is"), error.headers
+    )
 
 
-async def _unforeseen_error(_: Request, error: Exception) -> Response:
-    return _answer(Internal())  # Starlette raises `error` again afterwards, so the server logs its traceback
+async def _unforeseen_error(request: Request, error: Exception) -> Response:
+    return _answer(request, Internal())  # Starlette raises `error` again afterwards, so the server logs its traceback
 
 
-def _answer(error: RequestError, headers: Any = None) -> Response:
+def _answer(request: Request, error: RequestError, headers: Any = None) -> Response:
+    request.scope[CODE] = error.code
     return Response(error_body(error), status_code=error.status, headers=headers, media_type="application/json")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from time import perf_counter_ns
 from typing import Any, final
 
 from service.access import Access
@@ -24,12 +25,15 @@ from service.prediction import (
     Route,
     Said,
     check_content_type,
+    code_of,
     refusal,
     request_id,
     route_of,
+    traced,
 )
 from service.protocol.compression import decompressed
 from service.readiness import Readiness
+from service.watch import ELSEWHERE, Ended
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -39,6 +43,11 @@ Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 GONE = "evalmode.gone"
 """An extension in the scope: says whether the client has left."""
+
+CODE = "evalmode.code"
+"""Put into the scope by whoever answers with an error: its code."""
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 _UNKNOWN: dict[str, Callable[[], bool]] = {GONE: lambda: False}
 """Of another server, which does not say."""
@@ -69,22 +78,67 @@ class Application:
         try:
             self.access.check(scope["path"], headers)
         except RequestError as error:
-            await _send(send, *refusal(error, request_id(headers)))
+            given = request_id(headers)
+            await _send(send, *refusal(error, given))
+            self._ended(scope, headers, ELSEWHERE, error.status, error.code, given, perf_counter_ns())
             return
         route = route_of(scope["path"])
         if route is None:
-            await self._rest(scope, receive, _with_usual_headers(send, request_id(headers)))
+            await self._elsewhere(scope, headers, receive, send)
         else:
             await _send(send, *await self._answer(scope, headers, route, receive))
 
+    async def _elsewhere(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        """What is no prediction."""
+        began_ns = perf_counter_ns()
+        given = request_id(headers)
+        status = 500  # of whoever breaks before it answers
+
+        async def send_with_request_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*with_page_headers(message.get("headers", ())), (REQUEST_ID, given)]
+            await send(message)
+
+        try:
+            await self._rest(scope, receive, send_with_request_id)
+        finally:
+            route = getattr(scope.get("route"), "path", ELSEWHERE)
+            self._ended(scope, headers, route, status, scope.get(CODE, ""), given, began_ns)
+
+    def _ended(
+        self, scope: Scope, headers: Headers, route: str, status: int, code: str, given: bytes, began_ns: int
+    ) -> None:
+        watch = self.predictions.watch
+        watch.counts.ended(route, status, reason=code)
+        for watcher in watch.wanting(status, route):
+            watcher.tell(
+                Ended(
+                    request_id=given.decode(),
+                    method=scope["method"] if scope["method"] in METHODS else "_OTHER",
+                    route=route,
+                    status=status,
+                    code=code,
+                    began_ns=began_ns,
+                    ended_ns=perf_counter_ns(),
+                    client=scope.get("client"),
+                    trace=traced(headers),
+                )
+            )
+
     async def _answer(self, scope: Scope, headers: Headers, route: Route, receive: Receive) -> tuple[int, Said, bytes]:
+        began_ns = perf_counter_ns()
         try:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(f"{scope['path']} takes POST, not {scope['method']}")
             check_content_type(headers, binary=route.binary)
             body = await self._body(receive, headers)
         except Exception as error:
-            return refusal(error, request_id(headers))
+            given = request_id(headers)
+            answer = refusal(error, given)
+            self._ended(scope, headers, route.pattern, answer[0], code_of(error), given, began_ns)
+            return answer
         answered: asyncio.Future[tuple[int, Said, bytes]] = asyncio.get_running_loop().create_future()
 
         def reply(status: int, said: Said, content: bytes) -> None:
@@ -92,7 +146,9 @@ class Application:
                 answered.set_result((status, said, content))
 
         left = scope.get("extensions", {}).get(GONE, _UNKNOWN)[GONE]
-        self.predictions.answer(route, headers, body, reply, gone=lambda: answered.done() or left())
+        self.predictions.answer(
+            route, headers, body, reply, gone=lambda: answered.done() or left(), client=scope.get("client")
+        )
         return await answered
 
     async def _body(self, receive: Receive, headers: Headers) -> bytes:
@@ -149,13 +205,3 @@ def _with_slashes_as_sent(path: str, raw_path: bytes) -> str:
 async def _send(send: Send, status: int, said: Said, content: bytes) -> None:
     await send({"type": "http.response.start", "status": status, "headers": said})
     await send({"type": "http.response.body", "body": content})
-
-
-def _with_usual_headers(send: Send, request_id: bytes) -> Send:
-    async def send_with_usual_headers(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            said = with_page_headers(message.get("headers", ()))
-            message["headers"] = [*said, (REQUEST_ID, request_id)]
-        await send(message)
-
-    return send_with_usual_headers

@@ -161,6 +161,14 @@ class Coalescer:
         elif self._full_runs_inline and self._waiting_rows >= self._max_rows and not self._in_thread:
             self._run_inline(self._take())
 
+    @property
+    def waiting_rows(self) -> int:
+        return self._waiting_rows
+
+    @property
+    def max_waiting_rows(self) -> int:
+        return self._max_waiting_rows
+
     def drop_late(self) -> None:
         """Tell those whose time is over, also if the engine is stuck and no batch will ever be taken again."""
         now_ns = perf_counter_ns()

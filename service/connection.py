@@ -40,7 +40,7 @@ from uvicorn.server import ServerState
 from service.asgi import GONE, Application, declared_bytes, headers_by_name
 from service.errors import BadRequest, HeadersTooLarge, RequestError, RequestTooSlow
 from service.large_body import LARGE_BODY_BYTES, LargeBody, place_for
-from service.prediction import Headers, Route, Said, declared_json_bytes, refusal, request_id, route_of
+from service.prediction import Headers, Route, Said, code_of, declared_json_bytes, refusal, request_id, route_of
 from service.protocol import Body
 
 KEEP_ALIVE_S = 75.0
@@ -253,7 +253,13 @@ class Connection(HttpToolsProtocol):
             self._reply(exchange, status, said, content)
 
         self._application.predictions.answer(
-            exchange.route, exchange.headers, exchange.give_body(), reply, alone=alone, gone=self.transport.is_closing
+            exchange.route,
+            exchange.headers,
+            exchange.give_body(),
+            reply,
+            alone=alone,
+            gone=self.transport.is_closing,
+            client=self.client,
         )
 
     def _check_head(self) -> None:
@@ -352,7 +358,10 @@ class Connection(HttpToolsProtocol):
             self._refuse(error)
 
     def _refuse(self, error: BaseException) -> None:
-        self._write(*refusal(error, request_id({})), keep_alive=False)
+        given = request_id({})
+        status, said, content = refusal(error, given)
+        self._write(status, said, content, keep_alive=False)
+        self._application.predictions.watch.refused_unread(status, code_of(error), given, self.client)
 
     def _last_owed(self) -> Exchange | RequestResponseCycle | None:
         """The last of the requests that are here and not answered."""

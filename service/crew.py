@@ -7,7 +7,10 @@ from collections.abc import Collection
 from typing import Protocol, final
 
 from service import aliases
+from service.counts import Loads
+from service.meters import reading_of
 from service.policy import refusal
+from service.readings import Reading, joined
 from service.repository import Repository
 from service.statistics import Document, summed
 
@@ -51,6 +54,10 @@ class Crew(Protocol):
         """What was done since the start: one entry for each live version."""
         ...
 
+    async def reading(self) -> Reading:
+        """What was counted since the start, and what is measured now."""
+        ...
+
 
 @final
 class Alone:
@@ -59,12 +66,16 @@ class Alone:
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
         self._changing = asyncio.Lock()
+        self._loads = Loads()
+        self._loads.begin(repository.entries)
 
     async def load(self, model: str, versions: Collection[str] | None = None) -> None:
         async with self._changing:
             entries = await asyncio.to_thread(self._repository.admit, model, versions)
             self._repository.swap(model, entries)
-        if refused := refusal(entries, versions):
+        refused = refusal(entries, versions)
+        self._loads.add(model, ready=refused is None)
+        if refused:
             raise refused
 
     async def move_alias(self, model: str, alias: str, version: str | None) -> bool:
@@ -88,3 +99,6 @@ class Alone:
     async def statistics(self) -> list[Document]:
         lives = self._repository.lives
         return summed(live.statistics.document(name=live.name, version=live.version) for live in lives)
+
+    async def reading(self) -> Reading:
+        return joined([reading_of(self._repository), self._loads.reading()])

@@ -36,6 +36,7 @@ from service.protocol import JSON, OCTET_STREAM, Body, Parse, Request, predict, 
 from service.protocol.compression import WORTH_BYTES, Encoding, accepted, compressed
 from service.protocol.json import error_body
 from service.repository import Live, Repository
+from service.watch import Client, Ended, Watch
 
 Headers = dict[bytes, bytes]
 """Of a request, by name in lower case."""
@@ -51,6 +52,7 @@ SERVER_TIMING = b"server-timing"
 JSON_LENGTH = b"inference-header-content-length"
 _JSON_TYPE = (b"content-type", JSON)
 _OCTET_STREAM_TYPE = (b"content-type", OCTET_STREAM)
+_TRACE = (("traceparent", b"traceparent"), ("tracestate", b"tracestate"))
 _REQUEST_ID_TAKEN = re.compile(rb"[\x21-\x7e]{1,128}")
 
 _PREDICT = re.compile(r"/predict|/models/(?P<model>[^/]+)/predict")
@@ -65,6 +67,8 @@ _log = logging.getLogger(__name__)
 class Route(NamedTuple):
     """What a path asks for."""
 
+    pattern: str
+    """The route without the names in it."""
     parse: Parse
     binary: bool
     """Binary tensors may follow the JSON."""
@@ -80,9 +84,12 @@ def route_of(path: str) -> Route | None:
 @functools.lru_cache(maxsize=1024)
 def _short_route(path: str) -> Route | None:
     if found := _INFER.fullmatch(path):
-        return Route(v2.parse, True, found["model"], found["version"])
+        version = "" if found["version"] is None else "/versions/{version}"
+        pattern = f"/v2/models/{{model}}{version}/infer"
+        return Route(pattern, v2.parse, True, found["model"], found["version"])
     if found := _PREDICT.fullmatch(path):
-        return Route(predict.parse, False, found["model"], None)
+        pattern = "/predict" if found["model"] is None else "/models/{model}/predict"
+        return Route(pattern, predict.parse, False, found["model"], None)
     return None
 
 
@@ -90,11 +97,12 @@ def _short_route(path: str) -> Route | None:
 class Predictions:
     """Answers predictions with the models of a repository."""
 
-    def __init__(self, repository: Repository, *, timeout_s: float | None) -> None:
+    def __init__(self, repository: Repository, *, timeout_s: float | None, watch: Watch | None = None) -> None:
         """
         Args:
             timeout_s: how long a caller waits who does not say; None: as long as it takes.
         """
+        self.watch = watch or Watch(repository.counts)
         self._repository = repository
         self._timeout_s = timeout_s
 
@@ -112,6 +120,7 @@ class Predictions:
         *,
         alone: bool = False,
         gone: Callable[[], bool] | None = None,
+        client: Client = None,
     ) -> None:
         """Predict; whatever happens, `reply` is called once, on the event loop, before this returns or later.
 
@@ -120,7 +129,8 @@ class Predictions:
             alone: nobody else can be asking, see `Coalescer.submit`.
             gone: says that the client has left.
         """
-        prediction = _Prediction(headers, reply)
+        self.watch.counts.begun += 1
+        prediction = _Prediction(self.watch, route, headers, reply, client)
         try:
             check_content_type(headers, binary=route.binary)
             live = self._repository.only() if route.model is None else self._repository.live(route.model, route.version)
@@ -143,13 +153,16 @@ class Predictions:
 class _Prediction:
     """One of them, from its request to its answer."""
 
-    __slots__ = ("headers", "live", "reply", "request", "since_ns")
+    __slots__ = ("client", "headers", "live", "reply", "request", "route", "since_ns", "watch")
 
     request: Request
 
-    def __init__(self, headers: Headers, reply: Reply) -> None:
+    def __init__(self, watch: Watch, route: Route, headers: Headers, reply: Reply, client: Client) -> None:
+        self.watch = watch
+        self.route = route
         self.headers = headers
         self.reply = reply
+        self.client = client
         self.live: Live | None = None
         self.since_ns = perf_counter_ns()
         """When its last byte was read."""
@@ -167,35 +180,76 @@ class _Prediction:
             if len(content) >= WORTH_BYTES and (encoding := accepted(self.headers.get(b"accept-encoding", b""))):
                 said += [(b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding")]
                 if len(content) >= THREAD_BYTES:
-                    self._answer_compressed(said, content, encoding, computed.queue_ns)
+                    self._answer_compressed(said, content, encoding, computed)
                     return
                 content = compressed(content, encoding)
         except Exception as error:
             self.refuse(error)
         else:
-            self._answer(said, content, computed.queue_ns)
+            self._answer(said, content, computed)
 
-    def _answer_compressed(self, said: Said, content: bytes, encoding: Encoding, queue_ns: int) -> None:
+    def _answer_compressed(self, said: Said, content: bytes, encoding: Encoding, computed: Computed) -> None:
         def answer(work: asyncio.Future[bytes]) -> None:
             if error := work.exception():
                 self.refuse(error)
             else:
-                self._answer(said, work.result(), queue_ns)
+                self._answer(said, work.result(), computed)
 
         asyncio.get_running_loop().run_in_executor(None, compressed, content, encoding).add_done_callback(answer)
 
-    def _answer(self, said: Said, content: bytes, queue_ns: int) -> None:
+    def _answer(self, said: Said, content: bytes, computed: Computed) -> None:
         assert self.live is not None
-        self.live.statistics.answered(perf_counter_ns() - self.since_ns, queue_ns)
+        route = self.route.pattern
+        self.live.statistics.answered(perf_counter_ns() - self.since_ns, computed.queue_ns, route)
         said.append((b"content-length", b"%d" % len(content)))
-        said.append((REQUEST_ID, request_id(self.headers)))
+        given = request_id(self.headers)
+        said.append((REQUEST_ID, given))
         self.reply(200, said, content)
+        for watcher in self.watch.wanting(200, route):
+            watcher.tell(self._ended(200, "", given, computed))
 
     def refuse(self, error: BaseException) -> None:
         """Say what is wrong."""
         if self.live is not None:
             self.live.statistics.failed(perf_counter_ns() - self.since_ns)
-        self.reply(*refusal(error, request_id(self.headers)))
+        given = request_id(self.headers)
+        status, said, content = refusal(error, given)
+        self.reply(status, said, content)
+        self.watch.counts.refused += 1
+        code = code_of(error)
+        of = {} if self.live is None else {"model": self.live.name, "version": self.live.version}
+        self.watch.counts.ended(self.route.pattern, status, reason=code, **of)
+        for watcher in self.watch.wanting(status, self.route.pattern):
+            watcher.tell(self._ended(status, code, given, None))
+
+    def _ended(self, status: int, code: str, given: bytes, computed: Computed | None) -> Ended:
+        return Ended(
+            request_id=given.decode(),
+            method="POST",
+            route=self.route.pattern,
+            status=status,
+            code=code,
+            model="" if self.live is None else self.live.name,
+            version="" if self.live is None else self.live.version,
+            began_ns=self.since_ns,
+            ended_ns=perf_counter_ns(),
+            submitted_ns=0 if computed is None else computed.since_ns,
+            queue_ns=0 if computed is None else computed.queue_ns,
+            compute_ns=0 if computed is None else computed.compute_ns,
+            rows=0 if computed is None else computed.accepted.rows,
+            client=self.client,
+            trace=traced(self.headers),
+        )
+
+
+def code_of(error: BaseException) -> str:
+    """What the caller reads of it."""
+    return error.code if isinstance(error, RequestError) else Internal.code
+
+
+def traced(headers: Headers) -> dict[str, str]:
+    """What the caller says of its trace (W3C Trace Context)."""
+    return {name: headers[key].decode("latin-1") for name, key in _TRACE if key in headers}
 
 
 def refusal(error: BaseException, request_id: bytes) -> tuple[int, Said, bytes]:

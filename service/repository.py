@@ -26,6 +26,7 @@ from service.aliases import STABLE, Aliases
 from service.bundle import Bundle
 from service.canary import Canary
 from service.coalescing import Coalescer
+from service.counts import Counts
 from service.errors import (
     AdmissionRefused,
     NotFound,
@@ -49,6 +50,8 @@ from service.statistics import Statistics
 from service.trial import tried
 
 UNLOADED = "unloaded by request"
+"""The reason why a version is not served that nobody refused."""
+
 GONE = "its folder is gone; it is served from memory until it is replaced or unloaded"
 MISSING = "not found in its folder, but the setting 'versions' or an alias names it"
 
@@ -110,6 +113,8 @@ class Repository:
         """What answers who names a version or an alias, by model."""
         self._replaced: WeakSet[Live] = WeakSet()
         """Those that still have requests to answer, and hold themselves for no longer."""
+        self.counts = Counts()
+        """Of all that this process serves and has served."""
         for name, of_one in groupby(sorted(entries, key=lambda entry: entry.name), lambda entry: entry.name):
             self.swap(name, tuple(of_one))
 
@@ -172,6 +177,9 @@ class Repository:
         before = self._entries.get(name, ())
         if not any(entry.ready for entry in entries):
             entries = (*entries, *(entry for entry in before if entry.ready))
+        for entry in entries:
+            if entry.live is not None:
+                entry.live.statistics.counts = self.counts.of(name, entry.version)
         self._entries[name] = entries
         if not entries:
             del self._entries[name]

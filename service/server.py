@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import resource
 import signal
 import socket
@@ -17,6 +16,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from service import logs
 from service.access import Access
 from service.errors import Refused
 from service.settings import Settings
@@ -32,7 +32,7 @@ def serve(path: Path, settings: Settings) -> None:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to drain
     _allow_descriptors()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.begin(settings.log_level, settings.log_format)
     Access(settings), tls_of(settings)  # what is wrong with their files is said before anything is begun
     with _listening(settings.host, settings.port) as listening:
         if settings.workers == 1:

@@ -13,6 +13,8 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service import policy
+from service.access_log import AccessLogChoice
+from service.logs import LogFormat
 
 Device = Literal["auto", "cpu", "cuda"]
 Numerics = Literal["exact", "bounded"]
@@ -65,6 +67,10 @@ class Settings(BaseSettings):
     )
     tls_key: Path | None = Field(default=None, description="The private key of the certificate (PEM).")
     log_level: LogLevel = Field(default="info", description="The least that is logged.")
+    log_format: LogFormat = Field(default="auto", description="'auto' is text on a terminal, JSON lines elsewhere.")
+    access_log: AccessLogChoice = Field(
+        default="sampled", description="Requests that are logged; 'sampled' and 'errors' are a few lines a second."
+    )
 
     @field_validator("versions")
     @classmethod

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
+from service.counts import ModelCounts
+
 Document = dict[str, Any]
 
 
@@ -31,6 +33,8 @@ class Statistics:
     """Counters of one version; each of them is changed by one thread at a time."""
 
     def __init__(self) -> None:
+        self.counts = ModelCounts()
+        """What goes on when the version is loaded anew; `Repository.swap` puts those of the times before here."""
         self._answered = 0
         self._answered_ns = 0
         self._failed = 0
@@ -41,11 +45,15 @@ class Statistics:
         """The time of each batch, once for each of its requests."""
         self._last_run_ms = 0
 
-    def answered(self, whole_ns: int, queue_ns: int) -> None:
+    def answered(self, whole_ns: int, queue_ns: int, route: str) -> None:
         """A request got its answer, so long after its last byte was read; so much of that it waited for its batch."""
         self._answered += 1
         self._answered_ns += whole_ns
         self._queue_ns += queue_ns
+        counts = self.counts
+        counts.answered[route] = counts.answered.get(route, 0) + 1
+        counts.duration_ns.add(whole_ns)
+        counts.queue_ns.add(queue_ns)
 
     def failed(self, whole_ns: int) -> None:
         """A request reached the model and got another status than 200."""
@@ -68,6 +76,8 @@ class Statistics:
         each.input_ns += input_ns * requests
         each.infer_ns += infer_ns * requests
         each.output_ns += output_ns * requests
+        self.counts.batch_rows.add(rows)
+        self.counts.compute_ns.add(input_ns + infer_ns + output_ns)
 
     def document(self, *, name: str, version: str) -> Document:
         """One entry of `model_stats`."""

@@ -15,11 +15,14 @@ from itertools import groupby
 from typing import Any, final
 
 from service.aliases import Aliases, changed
+from service.counts import Loads
 from service.errors import EvalmodeError, NotReady, UnknownModel
+from service.meters import process_reading
 from service.policy import refusal
+from service.readings import Reading, joined
 from service.statistics import Document
 from service.workers.channel import Channel, Facts, Gone
-from service.workers.tally import Tally
+from service.workers.tally import ReadingTally, Tally
 from service.workers.verdicts import Verdict, joint, settled
 
 STATISTICS_LIMIT_S = 2.0
@@ -41,6 +44,10 @@ class Conductor:
         """Held while what is served changes, and while a worker begins to serve it."""
         self._changes = 0
         self._tally = Tally()
+        self._readings = ReadingTally()
+        self._loads = Loads()
+        self.restarts = 0
+        """Workers that were replaced."""
 
     @property
     def decided(self) -> bool:
@@ -76,7 +83,9 @@ class Conductor:
                 await worker.ask("listen")
                 self.workers.add(worker)
                 if wanted[0] is None:
-                    self._verdicts = _by_model(Verdict(**verdict) for verdict in said["verdicts"])
+                    decided = [Verdict(**verdict) for verdict in said["verdicts"]]
+                    self._verdicts = _by_model(decided)
+                    self._loads.begin(decided)
                     self._aliases = said["aliases"]
                     self._decided.set()
                 return said
@@ -85,6 +94,7 @@ class Conductor:
         """A worker serves no more; what it counted stays counted."""
         self.workers.discard(worker)
         self._tally.end(worker)
+        self._readings.end(worker)
 
     async def answer(self, question: str, facts: Facts) -> object:
         """What a worker asks on behalf of its client."""
@@ -99,6 +109,8 @@ class Conductor:
                 return None
             case "statistics":
                 return await self._statistics()
+            case "reading":
+                return await self._reading()
         raise AssertionError(question)
 
     async def load(self, model: str, versions: Collection[str] | None = None) -> None:
@@ -114,7 +126,9 @@ class Conductor:
             kept = await self._ask_all("settle", model=model, verdicts=new)
             self._verdicts[model] = settled(self._verdicts.get(model, ()), new)
             self._forget_counts(model, set(kept[0]).intersection(*kept))
-        if refused := refusal(new, versions):
+        refused = refusal(new, versions)
+        self._loads.add(model, ready=refused is None)
+        if refused:
             raise refused
 
     async def _move_alias(self, model: str, alias: str, version: str | None) -> bool:
@@ -144,6 +158,19 @@ class Conductor:
         changes = self._changes
         await asyncio.gather(*map(hear, self.workers))
         return self._tally.total()
+
+    async def _reading(self) -> Reading:
+        async def hear(worker: Channel) -> None:
+            try:
+                read = await asyncio.wait_for(worker.ask("reading"), STATISTICS_LIMIT_S)
+            except (TimeoutError, Gone):
+                return
+            if worker in self.workers:
+                self._readings.hear(worker, read)
+
+        await asyncio.gather(*map(hear, self.workers))
+        own: Reading = [("evalmode_worker_restarts", (), self.restarts), *process_reading()]
+        return joined([self._readings.total(), self._loads.reading(), own])
 
     def _forget_counts(self, model: str, kept: Collection[str] = ()) -> None:
         self._changes += 1

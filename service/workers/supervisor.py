@@ -107,6 +107,7 @@ class Supervisor:
             failures = 0 if served_s > STEADY_S else failures + 1
             if failures >= HOPELESS and not served_s and not self._conductor.workers:
                 raise Refused(f"no worker can be started: {failures} in a row failed, and the last one {why}")
+            self._conductor.restarts += 1
             _log.warning("a worker %s; another takes its place in %.0f s", why, pause_s(failures))
             await asyncio.sleep(pause_s(failures))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import final
 
+from service.readings import Reading, joined, lasting
 from service.statistics import Document, summed
 
 
@@ -38,3 +39,22 @@ class Tally:
 
     def total(self) -> list[Document]:
         return summed([*self._gone, *(one for documents in self._heard.values() for one in documents)])
+
+
+@final
+class ReadingTally:
+    """The same for readings, of which nothing is forgotten but what was measured in a process that is gone."""
+
+    def __init__(self) -> None:
+        self._heard: dict[object, Reading] = {}
+        self._gone: Reading = []
+
+    def hear(self, process: object, reading: Reading) -> None:
+        self._heard[process] = reading
+
+    def end(self, process: object) -> None:
+        """It will not be heard again; what it counted stays."""
+        self._gone = joined([self._gone, lasting(self._heard.pop(process, []))])
+
+    def total(self) -> Reading:
+        return joined([self._gone, *self._heard.values()])

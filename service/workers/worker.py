@@ -1,7 +1,8 @@
 """One of several processes that serve, under a supervisor.
 
 Rule 1: it does what the supervisor asks, in this order: `prepare`, `listen`; from then on `admit` and `settle`,
-    `take_aliases`, `unload`, `statistics`, `ping`. It serves nothing before `listen`, so whoever answers is ready.
+    `take_aliases`, `unload`, `statistics`, `reading`, `ping`. It serves nothing before `listen`, so whoever answers is
+    ready.
 Rule 2: `admit` changes nothing that is served; `settle` cannot fail. So several workers can do both or neither.
 Rule 3: when the supervisor is gone, it stops.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import os
 import signal
 import socket
@@ -18,13 +18,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from service import logs
 from service.aliases import Aliases
 from service.app import create_app
 from service.bundle import Bundle
 from service.errors import NotReady, Refused
 from service.http_server import SHARED_TAKES_AT_ONCE, Server
 from service.loading import loaded, placed
+from service.meters import reading_of
 from service.printed import announcement
+from service.readings import Reading
 from service.repository import Entry, Repository, load_these
 from service.settings import Settings
 from service.statistics import Document
@@ -76,14 +79,13 @@ class Worker:
                 return self._statistics()
             case "ping":
                 return None
+            case "reading":
+                return reading_of(self._repository)
         raise AssertionError(question)
 
     async def _prepare(self, path: Path, settings: Settings, facts: Facts) -> Facts:
         """Load what the others serve, or, as the first, what is to be served."""
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            format="%(asctime)s %(levelname)s %(name)s (worker %(process)d): %(message)s",
-        )
+        logs.begin(settings.log_level, settings.log_format, text=logs.TEXT_OF_SEVERAL)
         self._settings = settings
         verdicts = facts["verdicts"]
         if verdicts is None:
@@ -151,6 +153,10 @@ class OneOfSeveral:
     async def statistics(self) -> list[Document]:
         counted: list[Document] = await self._ask("statistics")
         return counted
+
+    async def reading(self) -> Reading:
+        read: Reading = await self._ask("reading")
+        return read
 
     async def _ask(self, question: str, **facts: object) -> Any:
         try:

@@ -10,7 +10,7 @@ def busy(*batches: int) -> Statistics:
     for rows in batches:
         statistics.ran(rows, 2, input_ns=3, infer_ns=50, output_ns=7)
         for _ in range(2):
-            statistics.answered(100, 11)
+            statistics.answered(100, 11, "/predict")
     statistics.failed(9)
     return statistics
 

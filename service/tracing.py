@@ -1,0 +1,113 @@
+"""OpenTelemetry traces, if they are asked for: a span for each prediction, and within it its queue and its compute.
+
+Asked for by OTEL_EXPORTER_OTLP_ENDPOINT; all else is said to the SDK by its own variables (OTEL_SERVICE_NAME,
+OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS, ...). The caller's `traceparent` is the parent of the span.
+
+Rule 1: not asked for, the SDK is not imported and nothing is done.
+Rule 2: spans are made when all is over, from the times that are measured anyhow, and sent by a thread of the SDK.
+Source: OpenTelemetry semantic conventions 1.29 for HTTP server spans.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, final
+
+from service.errors import WrongCall
+from service.watch import Ended
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+ASKED_FOR = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+CLOSE_LIMIT_S = 2.0
+
+
+def tracing(environment: Mapping[str, str] = os.environ) -> Tracing | None:
+    """As the environment asks; None if it does not.
+
+    Raises:
+        WrongCall: it does, and the packages are not installed.
+    """
+    asking = next((name for name in ASKED_FOR if environment.get(name)), None)
+    if asking is None or environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise WrongCall(
+            f"{asking} asks for traces, but '{error.name}' is not installed; pip install 'evalmode[telemetry]', "
+            "or unset it"
+        ) from error
+    named = {} if environment.get("OTEL_SERVICE_NAME") else {"service.name": "evalmode"}
+    resource = Resource.create({**named, "service.version": version("evalmode")})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return Tracing(provider)
+
+
+@final
+class Tracing:
+    """Makes spans of requests."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._trace = trace
+        self._provider = provider
+        self._tracer = provider.get_tracer("evalmode", version("evalmode"))
+        self._propagator = TraceContextTextMapPropagator()
+
+    def wants(self, status: int, route: str) -> bool:
+        """Predictions; the rest would be health checks, once a second."""
+        return route.endswith(("/predict", "/infer"))
+
+    def tell(self, ended: Ended) -> None:
+        since_1970_ns = time.time_ns() - perf_counter_ns()
+        attributes: dict[str, str | int] = {
+            "http.request.method": ended.method,
+            "http.route": ended.route,
+            "http.response.status_code": ended.status,
+            "url.scheme": "http",
+            "evalmode.request.id": ended.request_id,
+        }
+        if ended.model:
+            attributes |= {"evalmode.model.name": ended.model, "evalmode.model.version": ended.version}
+        if ended.client:
+            attributes["client.address"] = ended.client[0]
+        if ended.status >= 500:
+            attributes["error.type"] = ended.code
+        span = self._tracer.start_span(
+            f"{ended.method} {ended.route}",
+            self._propagator.extract(ended.trace),
+            kind=self._trace.SpanKind.SERVER,
+            attributes=attributes,
+            start_time=since_1970_ns + ended.began_ns,
+        )
+        if ended.submitted_ns and span.is_recording():
+            inside = self._trace.set_span_in_context(span)
+            ran_ns = since_1970_ns + ended.submitted_ns + ended.queue_ns
+            queue = self._tracer.start_span("queue", inside, start_time=ran_ns - ended.queue_ns)
+            queue.end(ran_ns)
+            rows = {"evalmode.rows": ended.rows}
+            compute = self._tracer.start_span("compute", inside, attributes=rows, start_time=ran_ns)
+            compute.end(ran_ns + ended.compute_ns)
+        if ended.status >= 500:
+            span.set_status(self._trace.StatusCode.ERROR, ended.code)
+        span.end(since_1970_ns + ended.ended_ns)
+
+    def close(self) -> None:
+        """Send what is left, if somebody takes it; the SDK alone would wait for half a minute."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(CLOSE_LIMIT_S)
