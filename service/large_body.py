@@ -25,6 +25,10 @@ def place_for(size: int, json_bytes: int) -> memoryview:
     return np.empty(shift + size, dtype=np.uint8).data[shift:]
 
 
+_NO_ROOM = memoryview(b"")
+"""In place of the last, empty part of a body, which would keep it for as long as a transport keeps this protocol."""
+
+
 @final
 class LargeBody(asyncio.BufferedProtocol):
     """Reads for a connection until a body is whole; all else that happens meanwhile is the connection's own."""
@@ -43,7 +47,7 @@ class LargeBody(asyncio.BufferedProtocol):
         return self._room
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._room = self._room[nbytes:]
+        self._room = self._room[nbytes:] or _NO_ROOM
         self._read(nbytes)
 
     def eof_received(self) -> bool | None:
