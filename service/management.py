@@ -90,7 +90,12 @@ async def _asked(request: Request, kind: type[AskedT], limit_bytes: int) -> Aske
 
 
 def _body_of(kind: type[_Asked]) -> dict[str, Any]:
-    return {"requestBody": {"content": {"application/json": {"schema": kind.model_json_schema()}}}}
+    schema = kind.model_json_schema()
+    parts = schema.pop("$defs", {})  # they are named from the top of a document, which this is not
+    for field in schema["properties"].values():
+        if "$ref" in field:
+            field |= parts[field.pop("$ref").rsplit("/", 1)[1]]
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
 
 
 def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) -> None:
@@ -101,6 +106,7 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
         "tags": tags,
         "responses": openapi.responses(BadRequest, Forbidden, NotFound, UnsupportedMediaType, NotReady),
         "openapi_extra": _body_of(LoadRequest),
+        "response_class": Response,
     }
 
     @app.post(
