@@ -106,7 +106,6 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
         "tags": tags,
         "responses": openapi.responses(BadRequest, Forbidden, NotFound, UnsupportedMediaType, NotReady),
         "openapi_extra": _body_of(LoadRequest),
-        "response_class": Response,
     }
 
     @app.post(
@@ -124,13 +123,15 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
             if entry.live is not None or not asked.ready
         ]
 
-    @app.post("/v2/repository/models/{model}/load", summary="Serve its newest version", **about)
+    @app.post(
+        "/v2/repository/models/{model}/load", summary="Serve its newest version", response_class=Response, **about
+    )
     async def load(model: str, request: Request) -> Response:
         await _asked(request, LoadRequest, limit_bytes)
         await crew.load(model)
         return Response()
 
-    @app.post("/v2/repository/models/{model}/unload", summary="Stop serving it", **about)
+    @app.post("/v2/repository/models/{model}/unload", summary="Stop serving it", response_class=Response, **about)
     async def unload(model: str, request: Request) -> Response:
         await _asked(request, LoadRequest, limit_bytes)
         await crew.unload(model)
