@@ -90,7 +90,12 @@ async def _asked(request: Request, kind: type[AskedT], limit_bytes: int) -> Aske
 
 
 def _body_of(kind: type[_Asked]) -> dict[str, Any]:
-    return {"requestBody": {"content": {"application/json": {"schema": kind.model_json_schema()}}}}
+    schema = kind.model_json_schema()
+    parts = schema.pop("$defs", {})  # they are named from the top of a document, which this is not
+    for field in schema["properties"].values():
+        if "$ref" in field:
+            field |= parts[field.pop("$ref").rsplit("/", 1)[1]]
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
 
 
 def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) -> None:
@@ -118,13 +123,15 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
             if entry.live is not None or not asked.ready
         ]
 
-    @app.post("/v2/repository/models/{model}/load", summary="Serve its newest version", **about)
+    @app.post(
+        "/v2/repository/models/{model}/load", summary="Serve its newest version", response_class=Response, **about
+    )
     async def load(model: str, request: Request) -> Response:
         await _asked(request, LoadRequest, limit_bytes)
         await crew.load(model)
         return Response()
 
-    @app.post("/v2/repository/models/{model}/unload", summary="Stop serving it", **about)
+    @app.post("/v2/repository/models/{model}/unload", summary="Stop serving it", response_class=Response, **about)
     async def unload(model: str, request: Request) -> Response:
         await _asked(request, LoadRequest, limit_bytes)
         await crew.unload(model)

@@ -15,7 +15,9 @@ _LARGE_BYTES = 4096
 _NESTED = (dict, list)
 
 MOST_NESTED = 2**17
-"""Each becomes an object of Python, and nobody is answered while they are made; brackets in strings count too."""
+MOST_KEYS = 2**18
+"""Each becomes an object of Python, and nobody is answered while they are made; brackets and colons in strings count
+too."""
 
 _NUMBERS = re.compile(rb"\[[-+0-9.eE,\s]{1024,}\]")
 
@@ -34,7 +36,9 @@ def parsed(body: bytes, *, for_nan: str = "") -> Any:
     if not body:
         raise MalformedJson("it is empty")
     if is_all_structure(body):
-        raise MalformedJson(f"it has more than {MOST_NESTED} lists and objects; send data flat, or in binary")
+        raise MalformedJson(
+            f"it has more than {MOST_NESTED} lists and objects, or more than {MOST_KEYS} keys; send data flat or binary"
+        )
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -45,8 +49,10 @@ def parsed(body: bytes, *, for_nan: str = "") -> Any:
 
 
 def is_all_structure(body: bytes) -> bool:
-    """It has more than `MOST_NESTED` lists and objects."""
-    return len(body) > MOST_NESTED and count(body, b"{") + count(body, b"[") > MOST_NESTED
+    """It has more than `MOST_NESTED` lists and objects, or more than `MOST_KEYS` keys."""
+    return len(body) > MOST_NESTED and (
+        count(body, b"{") + count(body, b"[") > MOST_NESTED or count(body, b":") > MOST_KEYS
+    )
 
 
 def check_keys(body: bytes, value: object) -> None:
