@@ -1,7 +1,7 @@
 """The access log: a line for a request.
 
-Rule 1: sampled, it costs nothing that grows with the load: so many lines a second are written, the rest is counted and
-        told in one line at the end of that second.
+Rule 1: sampled, it costs nothing that grows with the load: so many lines a second are written, the rest is told in one
+        line at the end of that second. How many those were is known from what is counted anyhow.
 Rule 2: an error is not lost among answers: errors have their own share of the lines.
 Rule 3: who only asks whether the service lives and what it counted is told of only if all is, or if the answer is no.
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Literal, final
 
+from service.counts import Counts
 from service.watch import Ended
 
 AccessLogChoice = Literal["off", "errors", "sampled", "all"]
@@ -28,14 +30,31 @@ _log = logging.getLogger(__name__)
 class AccessLog:
     """Belongs to one event loop."""
 
-    def __init__(self, choice: AccessLogChoice, lines_s: int = LINES_S) -> None:
+    def __init__(self, choice: AccessLogChoice, counts: Counts, lines_s: int = LINES_S) -> None:
         self._choice = choice
+        self._counts = counts
+        self._told = counts.answered
+        """Answered predictions that were written or told of."""
+        self._wake: Callable[[], None] = lambda: None
         self._lines_s = lines_s
         self._answers_left = lines_s
         self._errors_left = lines_s
         self._unwritten: dict[int, int] = {}
-        """By status, in this second."""
+        """By status, in this second, without answered predictions."""
         self._second: asyncio.TimerHandle | None = None
+
+    def wakes(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+
+    def wants_answer(self) -> bool:
+        if self._choice == "all":
+            return True
+        if self._choice != "sampled" or not self._answers_left:
+            return False
+        self._answers_left -= 1
+        self._told += 1
+        self._begin_second()
+        return True
 
     def wants(self, status: int, route: str) -> bool:
         if self._choice == "all":
@@ -101,6 +120,10 @@ class AccessLog:
         self._second = None
         self._answers_left = self._errors_left = self._lines_s
         unwritten, self._unwritten = self._unwritten, {}
+        if self._choice == "sampled" and (answered := self._counts.answered - self._told):
+            unwritten[200] = unwritten.get(200, 0) + answered
+            self._told += answered
+        self._wake()
         if unwritten:
             _log.info(
                 "%d more requests, by status: %s",

@@ -20,6 +20,7 @@ from service import logs, management, metrics, openapi
 from service.access import Access
 from service.access_log import AccessLog
 from service.asgi import CODE, Application
+from service.counts import Counts
 from service.crew import Alone, Crew
 from service.errors import (
     Internal,
@@ -52,16 +53,16 @@ def create_app(repository: Repository, settings: Settings, crew: Crew | None = N
         WrongCall: the keys file cannot be read.
     """
     access, readiness = Access(settings), Readiness(repository)
-    watch = Watch(repository.counts, *_watchers(settings))
+    watch = Watch(repository.counts, *_watchers(settings, repository.counts))
     rest = _fastapi(repository, crew or Alone(repository), settings, readiness, watch, needs_keys=access.needs_keys)
     predictions = Predictions(repository, timeout_s=settings.timeout_s or None, watch=watch)
     return Application(predictions, readiness, access, body_limit_bytes=settings.body_limit_bytes, rest=rest)
 
 
-def _watchers(settings: Settings) -> list[Watcher]:
+def _watchers(settings: Settings, counts: Counts) -> list[Watcher]:
     watchers: list[Watcher] = []
     if settings.access_log != "off":
-        watchers.append(AccessLog(settings.access_log))
+        watchers.append(AccessLog(settings.access_log, counts))
     if (traces := tracing()) is not None:
         watchers.append(traces)
     return watchers

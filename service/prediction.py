@@ -205,8 +205,9 @@ class _Prediction:
         given = request_id(self.headers)
         said.append((REQUEST_ID, given))
         self.reply(200, said, content)
-        for watcher in self.watch.wanting(200, route):
-            watcher.tell(self._ended(200, "", given, computed))
+        if self.watch.hearing:
+            for watcher in self.watch.wanting_answer():
+                watcher.tell(self._ended(200, "", given, computed))
 
     def refuse(self, error: BaseException) -> None:
         """Say what is wrong."""

@@ -8,11 +8,13 @@ request of a batch counts the whole batch's computing as its own.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
 from service.counts import ModelCounts
+from service.readings import DURATION_BOUNDS_NS, ROW_BOUNDS
 
 Document = dict[str, Any]
 
@@ -52,8 +54,11 @@ class Statistics:
         self._queue_ns += queue_ns
         counts = self.counts
         counts.answered[route] = counts.answered.get(route, 0) + 1
-        counts.duration_ns.add(whole_ns)
-        counts.queue_ns.add(queue_ns)
+        duration, queue = counts.duration_ns, counts.queue_ns
+        duration.counts[bisect_left(DURATION_BOUNDS_NS, whole_ns)] += 1
+        duration.sum += whole_ns
+        queue.counts[bisect_left(DURATION_BOUNDS_NS, queue_ns)] += 1
+        queue.sum += queue_ns
 
     def failed(self, whole_ns: int) -> None:
         """A request reached the model and got another status than 200."""
@@ -76,8 +81,15 @@ class Statistics:
         each.input_ns += input_ns * requests
         each.infer_ns += infer_ns * requests
         each.output_ns += output_ns * requests
-        self.counts.batch_rows.add(rows)
-        self.counts.compute_ns.add(input_ns + infer_ns + output_ns)
+        batch_rows, compute, compute_ns = (
+            self.counts.batch_rows,
+            self.counts.compute_ns,
+            input_ns + infer_ns + output_ns,
+        )
+        batch_rows.counts[bisect_left(ROW_BOUNDS, rows)] += 1
+        batch_rows.sum += rows
+        compute.counts[bisect_left(DURATION_BOUNDS_NS, compute_ns)] += 1
+        compute.sum += compute_ns
 
     def document(self, *, name: str, version: str) -> Document:
         """One entry of `model_stats`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, final
@@ -71,6 +71,12 @@ class Tracing:
     def wants(self, status: int, route: str) -> bool:
         """Predictions; the rest would be health checks, once a second."""
         return route.endswith(("/predict", "/infer"))
+
+    def wants_answer(self) -> bool:
+        return True
+
+    def wakes(self, wake: Callable[[], None]) -> None:
+        pass
 
     def tell(self, ended: Ended) -> None:
         since_1970_ns = time.time_ns() - perf_counter_ns()

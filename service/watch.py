@@ -1,13 +1,13 @@
 """Who watches requests: counts for all of them, and whoever wants to hear of one in words (a log, a trace).
 
-Rule 1: an answered prediction pays for one question, whether anybody wants to hear of it; what is said then is only put
-        together if somebody does.
+Rule 1: an answered prediction pays for one look at whether anybody wants to hear of it; what is said then is only put
+        together if somebody does. Whoever wants to hear no more is not asked again until it says so.
 Rule 2: nothing of a request is told but what stands in `Ended`: no header, no body, no path that a caller made up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Protocol, final
@@ -51,7 +51,15 @@ class Watcher(Protocol):
     """Hears of requests in words."""
 
     def wants(self, status: int, route: str) -> bool:
-        """Whether it wants to hear of a request; asked once for each."""
+        """Whether it wants to hear of a request that is no answered prediction; asked once for each."""
+        ...
+
+    def wants_answer(self) -> bool:
+        """Whether it wants to hear of an answered prediction. Once it does not, it is asked no more before it wakes."""
+        ...
+
+    def wakes(self, wake: Callable[[], None]) -> None:
+        """What it calls when it wants to be asked again."""
         ...
 
     def tell(self, ended: Ended) -> None: ...
@@ -68,10 +76,22 @@ class Watch:
     def __init__(self, counts: Counts, *watchers: Watcher) -> None:
         self.counts = counts
         self._watchers = watchers
+        self.hearing: Sequence[Watcher] = watchers
+        """Those who may want to hear of an answered prediction."""
+        for watcher in watchers:
+            watcher.wakes(self._wake)
+
+    def _wake(self) -> None:
+        self.hearing = self._watchers
+
+    def wanting_answer(self) -> Sequence[Watcher]:
+        """Those who want to hear of an answered prediction."""
+        self.hearing = [watcher for watcher in self.hearing if watcher.wants_answer()]
+        return self.hearing
 
     def wanting(self, status: int, route: str) -> Sequence[Watcher]:
-        """Those who want to hear of a request."""
-        return self._watchers and [watcher for watcher in self._watchers if watcher.wants(status, route)]
+        """Those who want to hear of a request that is no answered prediction."""
+        return [watcher for watcher in self._watchers if watcher.wants(status, route)]
 
     def refused_unread(self, status: int, code: str, given: bytes, client: Client) -> None:
         """What came was no request that could be read to its end, and got this status."""

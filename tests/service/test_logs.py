@@ -16,10 +16,11 @@ import httpx
 import pytest
 
 from service.access_log import AccessLog, AccessLogChoice
+from service.counts import Counts
 from service.logs import JsonLines, Writer
 from service.repository import Repository
 from service.settings import Settings
-from service.watch import Ended
+from service.watch import Ended, Watch
 from tests.asking import loaded, talk
 from tests.bundles import SAMPLE, write_table_bundle
 
@@ -136,10 +137,18 @@ def test_so_many_lines_a_second(choice: AccessLogChoice, lines: int, caplog: pyt
     """Two answers and two errors are written, the third of each is counted; the next second begins anew."""
 
     async def scenario() -> None:
-        access = AccessLog(choice, lines_s=2)
+        counts = Counts()
+        access = AccessLog(choice, counts, lines_s=2)
+
+        def wanted_of(status: int) -> bool:
+            if status != 200:
+                return access.wants(status, "/predict")
+            answered = counts.of("m", "1").answered
+            answered["/predict"] = answered.get("/predict", 0) + 1
+            return access.wants_answer()
 
         def second() -> int:
-            wanted = [status for status in (200, 200, 200, 429, 429, 500) if access.wants(status, "/predict")]
+            wanted = [status for status in (200, 200, 200, 429, 429, 500) if wanted_of(status)]
             for status in wanted:
                 access.tell(ended(status))
             return len(wanted)
@@ -164,11 +173,13 @@ def test_so_many_lines_a_second(choice: AccessLogChoice, lines: int, caplog: pyt
 
 def test_the_second_ends_by_itself(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        access = AccessLog("sampled", lines_s=1)
-        assert access.wants(200, "/predict")
-        assert not access.wants(200, "/predict")
-        await asyncio.sleep(1.05)
-        assert access.wants(200, "/predict")
+        access = AccessLog("sampled", Counts(), lines_s=1)
+        awake = asyncio.Event()
+        access.wakes(awake.set)
+        assert access.wants(200, "/v2")
+        assert not access.wants(200, "/v2")
+        await asyncio.wait_for(awake.wait(), timeout=10)
+        assert access.wants(200, "/v2")
         access.close()
 
     with caplog.at_level(logging.INFO, "service.access_log"):
@@ -178,13 +189,52 @@ def test_the_second_ends_by_itself(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_probes_are_not_told_of_unless_they_fail() -> None:
     async def scenario() -> None:
-        access = AccessLog("sampled")
+        access = AccessLog("sampled", Counts())
         for route in ("/v2/health/ready", "/v2/health/live", "/metrics"):
             assert not access.wants(200, route)
             assert access.wants(503, route)
         access.close()
 
     asyncio.run(scenario())
+
+
+class Sleepy:
+    """Wants to hear of one answer, then sleeps until it is woken."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.left = 1
+
+    def wants(self, status: int, route: str) -> bool:
+        return False
+
+    def wants_answer(self) -> bool:
+        self.asked += 1
+        self.left -= 1
+        return self.left >= 0
+
+    def wakes(self, wake: Callable[[], None]) -> None:
+        self.wake = wake
+
+    def tell(self, ended: Ended) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_who_sleeps_is_not_asked() -> None:
+    """So that an answered prediction costs one look while nobody wants to hear of it."""
+    sleepy = Sleepy()
+    watch = Watch(Counts(), sleepy)
+    assert watch.wanting_answer()
+    assert not watch.wanting_answer()
+    assert not watch.hearing
+    sleepy.left = 1
+    sleepy.wake()
+    assert watch.hearing
+    assert watch.wanting_answer()
+    assert sleepy.asked == 3
 
 
 @pytest.fixture(scope="module")
