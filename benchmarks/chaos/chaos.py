@@ -103,11 +103,7 @@ def chaos(folder: Path, *, requests: int, connections: int, seed: int, workers: 
         folder: empty; for the models and the log.
     """
     root = folder / "models"
-    shutil.copytree(SHIPPED, root / NAMED)
-    (root / DENSE / "1").mkdir(parents=True)
-    onnx.save(networks.dense(), root / DENSE / "1" / "model.onnx")
-    here = load(root, place("cpu"), Settings())
-    models = Models(named=here.live(NAMED), dense=here.live(DENSE))
+    models = prepared(root)
 
     def drawn(numbers: range) -> Iterator[Drawn]:
         for number in numbers:
@@ -125,3 +121,12 @@ def chaos(folder: Path, *, requests: int, connections: int, seed: int, workers: 
     return Report(
         workers=workers, seed=seed, seconds=seconds, outcome=outcome, before=before, after=after, logged=logged
     )
+
+
+def prepared(root: Path) -> Models:
+    """A repository of the two models at `root`, and the models in this process."""
+    shutil.copytree(SHIPPED, root / NAMED)
+    (root / DENSE / "1").mkdir(parents=True)
+    onnx.save(networks.dense(), root / DENSE / "1" / "model.onnx")
+    here = load(root, place("cpu"), Settings())
+    return Models(named=here.live(NAMED), dense=here.live(DENSE))

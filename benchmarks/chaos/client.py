@@ -42,9 +42,13 @@ class Outcome:
         self.statuses.setdefault(kind, Counter())[status] += 1
 
 
-def send_all(port: int, drawn: Iterator[Drawn], *, connections: int) -> Outcome:
-    """Send each, from so many connections at once."""
-    outcome = Outcome()
+def send_all(port: int, drawn: Iterator[Drawn], *, connections: int, outcome: Outcome | None = None) -> Outcome:
+    """Send each, from so many connections at once.
+
+    Args:
+        outcome: where it is noted.
+    """
+    outcome = Outcome() if outcome is None else outcome
 
     async def work() -> None:
         link = Link(port)

@@ -1,0 +1,9 @@
+"""Half an hour of everything at once: mixed and broken requests, new versions, killed workers, bursts.
+
+    python -m benchmarks.soak                 # 30 minutes, 2 workers
+    python -m benchmarks.soak --minutes 5
+
+Each answer to a good request is compared with the one that the model gives in process, bit for bit. What was cut short
+within `KILL_S` of a kill is counted by itself: a process that is killed cannot answer what it had taken. Ends with 1 if
+an answer was wrong, if anything else was lost, or if memory grew.
+"""

@@ -1,0 +1,175 @@
+"""What happens to a service while it is asked: each in a thread of its own, until it is over."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import onnx
+import psutil
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.chaos.requests import INFER_PATH, infer
+from benchmarks.chaos.server import Held, Server
+
+TURNED = "turned"
+"""A model `y = version * x`, so that an answer tells which version gave it."""
+
+RELOAD_S, KILL_EVERY_S, BURST_EVERY_S, BURST_S, SAMPLE_S = 5.0, 30.0, 20.0, 3.0, 2.0
+BURST_CONNECTIONS = 100
+
+
+@final
+class During:
+    """Runs work in threads until the block ends."""
+
+    def __init__(self) -> None:
+        self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def every(self, seconds: float, work: Callable[[], None]) -> None:
+        def run() -> None:
+            while not self._over.wait(seconds):
+                work()
+
+        self._start(run)
+
+    def always(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            while not self._over.is_set():
+                work()
+
+        self._start(run)
+
+    def end(self) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(timeout=60)
+
+    def _start(self, run: Callable[[], None]) -> None:
+        self._threads.append(threading.Thread(target=run, daemon=True))
+        self._threads[-1].start()
+
+
+@final
+class Turning:
+    """Puts a new version of `turned` in its place again and again, and asks it all the time."""
+
+    def __init__(self, models: Path) -> None:
+        self._folder = models / TURNED
+        self._version = 0
+        self.answers: Counter[str] = Counter()
+        self.cut_s: list[float] = []
+        """When there was no answer, on the clock of `time.monotonic`."""
+        self.wrong: list[str] = []
+        self.add()
+
+    def add(self) -> None:
+        """Written beside, then renamed."""
+        self._version += 1
+        beside = self._folder / f".{self._version}"
+        beside.mkdir(parents=True)
+        onnx.save(_times(self._version), beside / "model.onnx")
+        beside.rename(self._folder / str(self._version))
+
+    def ask(self, port: int) -> None:
+        sent = [random.randrange(1000) for _ in range(4)]
+        body = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": sent}]}
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        try:
+            connection.request("POST", f"/v2/models/{TURNED}/infer", json.dumps(body))
+            response = connection.getresponse()
+            said = json.loads(response.read())
+        except (OSError, http.client.HTTPException):
+            self.cut_s.append(time.monotonic())
+            return
+        finally:
+            connection.close()
+        self.answers[str(response.status)] += 1
+        if response.status == 200:
+            version, data = int(said["model_version"]), said["outputs"][0]["data"]
+            if data != [float(version * x) for x in sent]:
+                self.wrong.append(f"version {version} of {TURNED} made {data} of {sent}")
+
+
+@final
+class Killing:
+    """Ends a worker, hard."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.at_s: list[float] = []
+        """On the clock of `time.monotonic`."""
+
+    def one(self) -> None:
+        workers = self._server.process.children()
+        if len(workers) > 1:
+            self.at_s.append(time.monotonic())
+            random.choice(workers).kill()
+
+
+@final
+class Bursts:
+    """Far more at once than can be answered at once; 200 and 429 are both right."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.cut_s: list[float] = []
+        self._body = json.dumps(infer(np.zeros((64, 30), np.float32))).encode()
+        self.answers: Counter[str] = Counter()
+
+    def one(self) -> None:
+        until_s = time.monotonic() + BURST_S
+        threads = [threading.Thread(target=self._ask, args=(until_s,)) for _ in range(BURST_CONNECTIONS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _ask(self, until_s: float) -> None:
+        while time.monotonic() < until_s:
+            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
+            try:
+                connection.request("POST", INFER_PATH, self._body)
+                response = connection.getresponse()
+                response.read()
+                self.answers[str(response.status)] += 1
+            except (OSError, http.client.HTTPException):
+                self.cut_s.append(time.monotonic())
+            finally:
+                connection.close()
+
+
+@final
+class Sampling:
+    """What the processes of the server hold, as time goes by."""
+
+    def __init__(self, server: Server, answered: Callable[[], int]) -> None:
+        self._server = server
+        self._answered = answered
+        self.held: list[tuple[int, Held]] = []
+        """With the number of answers until then."""
+
+    def one(self) -> None:
+        with suppress(psutil.Error):  # one of them is ending
+            self.held.append((self._answered(), self._server.held()))
+
+
+def _times(factor: int) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "k"], ["y"])],
+        TURNED,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
+        [numpy_helper.from_array(np.array([factor], np.float32), "k")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
