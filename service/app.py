@@ -13,6 +13,7 @@ from weakref import ref
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
@@ -190,10 +191,16 @@ async def _framework_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == MethodNotAllowed.status:
         refused = MethodNotAllowed(f"{request.url.path} does not take {request.method}")
-        return _answer(request, refused, error.headers)
+        return _answer(request, refused, {"allow": ", ".join(sorted(_methods(request)))})
     return _answer(
         request, NotFound(f"there is nothing at {request.url.path}; GET /docs lists what there is"), error.headers
     )
+
+
+def _methods(request: Request) -> set[str]:
+    """Those that the path takes; each route knows its own only."""
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
+    return {method for route in routes if route.path_regex.match(request.url.path) for method in route.methods or ()}
 
 
 async def _unforeseen_error(request: Request, error: Exception) -> Response:

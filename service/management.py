@@ -156,7 +156,9 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
         kept = await crew.move_alias(model, alias, asked.version)
         return {"model": model, "alias": alias, "version": asked.version, "survives_restart": kept}
 
-    @app.delete("/v2/repository/models/{model}/aliases/{alias}", summary="Take a name away", **about)
+    @app.delete(
+        "/v2/repository/models/{model}/aliases/{alias}", summary="Take a name away", response_class=Response, **about
+    )
     async def remove_alias(model: str, alias: str, request: Request) -> Response:
         await _asked(request, LoadRequest, limit_bytes)
         await crew.move_alias(model, alias, None)

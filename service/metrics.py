@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import final
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -28,7 +29,12 @@ STATES = ("ready", "stale", "refused", "unloaded")
 
 
 def add(app: FastAPI, repository: Repository, crew: Crew) -> None:
-    @app.get("/metrics", tags=["Metrics"], summary="What all processes counted, for Prometheus")
+    @app.get(
+        "/metrics",
+        tags=["Metrics"],
+        summary="What all processes counted, for Prometheus",
+        response_class=PlainTextResponse,
+    )
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         page = encode(_Page(repository, await crew.reading()))
