@@ -7,7 +7,7 @@ DEV := .venv
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-fast test-e2e check bench lock image-test clean
+.PHONY: help serve demo test test-fast test-e2e check bench soak lock image-test clean
 
 help: ## What there is to do
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ bench: $(DEV)/installed ## What is claimed, measured
 	$(DEV)/bin/python -m benchmarks.steady
 	$(DEV)/bin/python -m benchmarks.chaos
 	$(DEV)/bin/python -m benchmarks.serving
+
+soak: $(DEV)/installed ## Half an hour of everything at once: broken requests, new versions, kills, bursts
+	$(DEV)/bin/python -m benchmarks.soak
 
 image-test: ## Build the container image, start it, predict from outside, print its size
 	deploy/image-test

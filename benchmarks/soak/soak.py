@@ -149,8 +149,6 @@ def soak(folder: Path, *, minutes: float, seed: int, workers: int = 2) -> Report
     elsewhere = [*turning.cut_s, *bursts.cut_s]
     unanswered = sum(not by_a_kill(at_s) for at_s in elsewhere)
     lost += ["a burst or a question while versions came was not answered"] * unanswered
-        len(elsewhere) - sum(map(by_a_kill, elsewhere))
-    )
     return Report(
         minutes=minutes,
         outcome=outcome,
