@@ -42,7 +42,7 @@ def begin(level: str, form: LogFormat, *, text: str = TEXT) -> None:
         form = "text" if os.isatty(STANDARD_ERROR) else "json"
     writer = Writer(STANDARD_ERROR)
     writer.setFormatter(JsonLines() if form == "json" else logging.Formatter(text))
-    logging.basicConfig(level=level.upper(), handlers=[writer], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[writer])
 
 
 def flush() -> None:

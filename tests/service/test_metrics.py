@@ -70,6 +70,7 @@ def test_a_request_is_counted_wherever_it_ended(repository: Repository) -> None:
         await client.get("/predict")
         await client.get("/mallory")
         await client.get("/v2/models/mallory")
+        await client.post("/v2/repository/models/credit/unload", headers={"via": "a proxy"})
         await client.get("/v2/models/credit")
         return await page_of(client)
 
@@ -82,10 +83,12 @@ def test_a_request_is_counted_wherever_it_ended(repository: Repository) -> None:
     assert total(page, "evalmode_requests_total", model="", route="other", code="404") == 1
     assert total(page, "evalmode_requests_total", route="/v2/models/{model}", code="404") == 1
     assert total(page, "evalmode_requests_total", route="/v2/models/{model}", code="200") == 1
-    assert total(page, "evalmode_requests_total") == 9
+    assert total(page, "evalmode_requests_total", route="other", code="403") == 1
+    assert total(page, "evalmode_requests_total") == 10
     assert total(page, "evalmode_refusals_total", reason="malformed_json", model="credit", code="400") == 1
     assert total(page, "evalmode_refusals_total", reason="unknown_model", code="404") == 2
-    assert total(page, "evalmode_refusals_total") == 5
+    assert total(page, "evalmode_refusals_total", reason="forbidden", code="403") == 1
+    assert total(page, "evalmode_refusals_total") == 6
     assert total(page, "evalmode_request_duration_seconds_count", model="credit") == 3
     assert total(page, "evalmode_batch_rows_sum", model="credit") == 3
     assert total(page, "evalmode_requests_in_flight") == 0
