@@ -12,6 +12,7 @@ import orjson
 from service.errors import DuplicateKey, MalformedJson, RequestError
 
 _LARGE_BYTES = 4096
+_FEW = 64
 _NESTED = (dict, list)
 
 MOST_NESTED = 2**17
@@ -83,10 +84,17 @@ def check_keys(body: bytes, value: object) -> None:
 
 
 def count(text: bytes, character: bytes) -> int:
-    """How often a character is in a text: `bytes.count`, four times as fast for a large one."""
+    """How often a character is in a text: `bytes.count`, but fast for a large one. A few are found one by one; if there
+    are many, NumPy counts the rest."""
     if len(text) < _LARGE_BYTES:
         return text.count(character)
-    return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8) == ord(character)))
+    found, at = 0, text.find(character)
+    while at >= 0 and found < _FEW:
+        found += 1
+        at = text.find(character, at + 1)
+    if at < 0:
+        return found
+    return found + int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8, offset=at) == ord(character)))
 
 
 def _colons(value: Any) -> int:

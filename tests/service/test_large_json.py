@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from service.errors import RequestError
 from service.protocol import v2
+from service.protocol.json import count
 from service.protocol.large_json import LARGE_BYTES, parsed_large
 from service.repository import Live
 from service.signature import DATATYPES, Signature
@@ -328,3 +329,10 @@ def test_the_size_changes_nothing(size: int) -> None:
     assert request.accepted.tensors[0].tobytes() == numbers.tobytes()
     broken = body.replace(b"]", b", true]", 2)
     assert outcome(model, broken, LARGE_BYTES) == outcome(model, broken, ORDINARY)
+
+
+@given(st.binary(max_size=300), st.sampled_from([1, 40, 300]), st.sampled_from([b"[", b":", b"\0"]))
+def test_counting_is_counting(text: bytes, times: int, character: bytes) -> None:
+    """Of few and of many, in short texts and in long ones."""
+    whole = text * times
+    assert count(whole, character) == whole.count(character)
