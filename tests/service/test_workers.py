@@ -18,7 +18,7 @@ from service import http_server
 from service.app import create_app
 from service.asgi import Application
 from service.errors import EvalmodeError, Internal, LoadRefused, NotReady, Refused, UnknownModel, UnknownVersion
-from service.http_server import SHARED_TAKES_AT_ONCE, Server
+from service.http_server import SHARED_TAKES_AT_ONCE, TAKES_AT_ONCE, Server
 from service.repository import Repository
 from service.runtime import place
 from service.settings import Settings
@@ -274,21 +274,22 @@ def test_nobody_takes_all_connections() -> None:
     in_a_thread(scenario)
 
 
-def test_who_comes_while_much_happens_does_not_wait_for_as_many_turns() -> None:
-    """Of a hundred that come at once, alone on its socket a process takes most in its next turn."""
+@pytest.mark.parametrize(("takes_at_once", "most_turns"), [(TAKES_AT_ONCE, 8), (SHARED_TAKES_AT_ONCE, 60)])
+def test_who_comes_with_many_does_not_wait_for_as_many_turns(takes_at_once: int, most_turns: int) -> None:
+    """Of four hundred that come at once: in each turn, those that were taken before are answered again."""
 
     async def scenario() -> None:
-        with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
+        with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
             listens = asyncio.Event()
-            server = Server(empty(), listens.set)
+            server = Server(empty(), listens.set, takes_at_once=takes_at_once)
             serving = asyncio.create_task(server.serve(sockets=[listening]))
             await listens.wait()
-            clients = [socket.create_connection(listening.getsockname()) for _ in range(100)]
+            clients = [socket.create_connection(listening.getsockname()) for _ in range(400)]
             turns = 0
-            while taken(server) < 100:
+            while taken(server) < 400:
                 await next_turn()
                 turns += 1
-            assert turns < 20
+            assert turns < most_turns
             for client in clients:
                 client.close()
             server.should_exit = True
