@@ -110,9 +110,9 @@ class Exchange:
         self.chunks: list[bytes] = []
         """The body, as it came."""
         self.place: memoryview | None = None
-        """The body in its place, if it is large and binary."""
-        if body_bytes >= LARGE_BODY_BYTES and route.binary and (json_bytes := declared_json_bytes(headers)) is not None:
-            self.place = place_for(body_bytes, json_bytes)
+        """The body in its place, if it is large."""
+        if body_bytes >= LARGE_BODY_BYTES:
+            self.place = place_for(body_bytes, declared_json_bytes(headers) or 0)
         self.keep_alive = keep_alive
         self.more_body = True
         self.disconnected = False

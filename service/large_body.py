@@ -1,4 +1,4 @@
-"""A large body of binary tensors is read straight into the memory that the model will read it from.
+"""A large body is read straight into one piece of memory; its binary tensors are read from there by the model.
 
 uvicorn's way copies each packet three times before the body is whole, which for an image takes as long as its small
 network. The memory is not touched before something is written to it: declaring much and sending little costs nothing.

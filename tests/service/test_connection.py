@@ -466,6 +466,23 @@ def test_a_large_body_may_come_in_any_pieces(
         assert served.in_place_bytes > 0 or not packets
 
 
+@pytest.mark.parametrize("splits", SPLITS.values(), ids=SPLITS.keys())
+def test_so_may_a_large_one_in_json(served: Served, repository: Repository, splits: Sequence[int | None]) -> None:
+    x = rows(SEVERAL_ROWS // 5)
+    ask = tensors(x.ravel().tolist(), x.shape)
+    content = ask.declared()
+    size = len(ask.body)
+    ends = sorted(len(content) - size + min(end or 0, size - 1) % size for end in splits)
+    *packets, last = cut(content, *ends)
+    with served.connect() as client:
+        client.send_apart(*packets)
+        client.send(last + SMALL.declared())
+        (y,) = client.answer().said["outputs"]
+        assert np.float32(y["data"]).tobytes() == computed(repository, "norm", x)
+        assert client.answer().status == 200
+        assert served.in_place_bytes > 0 or not packets
+
+
 @pytest.mark.parametrize("model", ["image", "norm"])
 def test_large_bodies_may_follow_one_another(served: Served, repository: Repository, model: str) -> None:
     """In one stream, each with its own numbers."""
