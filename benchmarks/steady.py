@@ -31,6 +31,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.environment import environment
 
+RESULT = Path(__file__).parent / "results" / "steady.json"
 MODELS = 50
 ROUNDS = 5
 IDLE_S = 10
@@ -47,7 +48,8 @@ def main() -> None:
             **health_beside_a_slow_model(root),
             **environment(),
         }
-    print(json.dumps(report))
+    RESULT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {RESULT}")
 
 
 def idle(root: Path) -> dict[str, float]:
@@ -142,17 +144,19 @@ def get_s(port: int, path: str) -> float:
 @contextmanager
 def serving(path: Path) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     command = [shutil.which("evalmode", path=str(Path(sys.executable).parent)) or "evalmode", "serve", str(path)]
-    process = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("serving at"):
-                yield int(line.rsplit(":", 1)[1]), process
-                return
-        raise SystemExit(f"{path} was not served")
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=20)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("serving at"):
+                    yield int(line.rsplit(":", 1)[1]), process
+                    return
+            log.seek(0)
+            raise SystemExit(f"{path} was not served:\n{log.read()}")
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=20)
 
 
 def cpu_s(process: subprocess.Popen[str]) -> float:
