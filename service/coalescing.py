@@ -8,14 +8,17 @@ Rule 2: a request enters only as `Accepted`, so one caller's mistake cannot fail
 Rule 3: order is arrival; a request is never split and never overtaken.
 Rule 4: every request submitted gets an answer or an exception; one that fails does not fail those beside it.
 Rule 5: whoever has gone, or has no time left, is dropped before anything is computed.
-Rule 6: the queue has an end. Who would wait behind too many rows, too many bytes or beyond its deadline is refused at
-        once, and told when to come again.
+Rule 6: the queue has an end. Who would wait too long, beyond its deadline, or behind too many rows or bytes is refused
+        at once, and told when to come again. A few may always wait, however slow the model is.
+Rule 7: how long a wait will be is told by batches that are at least half full, as they are when many wait: a row that
+        runs alone may take as long as a full batch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +34,10 @@ from service.signature import Accepted
 from service.statistics import Statistics
 
 Outputs = list[NDArray[Any]]
+
+ALWAYS_WAIT = 32
+"""So many requests may wait however long it takes: a few dozen callers of a slow model, each with one request at a
+time, are not too many."""
 
 _RECENT = 0.1
 """The weight of the last batch in an average."""
@@ -100,6 +107,8 @@ class Coalescer:
         inline_rows: int,
         max_waiting_rows: int = sys.maxsize,
         max_waiting_bytes: int = sys.maxsize,
+        max_wait_s: float = math.inf,
+        row_s: float = 0.0,
         statistics: Statistics | None = None,
     ) -> None:
         """
@@ -107,6 +116,8 @@ class Coalescer:
             max_rows: 1 for a model whose answers other rows in the batch would change, be it by rounding.
             inline_rows: a batch of so many rows is short enough to run on the event loop; a larger one gets a thread.
             max_waiting_rows, max_waiting_bytes: of all requests that wait; one that finds nobody waiting may be larger.
+            max_wait_s: who is expected to wait longer is refused, unless fewer than `ALWAYS_WAIT` requests wait.
+            row_s: what a row takes in a large batch, as far as that is known before the first; 0: it is not.
             statistics: what is run is counted there.
         """
         self._runtime = runtime
@@ -115,6 +126,7 @@ class Coalescer:
         self._full_runs_inline = 1 < max_rows <= inline_rows
         self._max_waiting_rows = max_waiting_rows
         self._max_waiting_bytes = max_waiting_bytes
+        self._max_wait_s = max_wait_s
         self._statistics = Statistics() if statistics is None else statistics
         self._waiting: deque[Computed] = deque()
         self._waiting_rows = 0
@@ -123,8 +135,8 @@ class Coalescer:
         """The batch that runs there."""
         self._busy = False
         """A batch is running, or will in the next turn of the loop."""
-        self._row_ns = 0.0
-        """What a row takes in a batch, on average over the last ones."""
+        self._row_ns = row_s * 1e9
+        """What a row takes when many wait, on average over the last batches; 0: nobody knows yet."""
         self.ran_ns = perf_counter_ns()
         """When the engine last gave an answer, on the clock of `perf_counter_ns`."""
 
@@ -167,7 +179,9 @@ class Coalescer:
 
     @property
     def max_waiting_rows(self) -> int:
-        return self._max_waiting_rows
+        """As fast as the model runs now."""
+        in_time = self._max_wait_s * 1e9 / self._row_ns if self._row_ns else math.inf
+        return int(min(self._max_waiting_rows, max(ALWAYS_WAIT, in_time)))
 
     def drop_late(self) -> None:
         """Tell those whose time is over, also if the engine is stuck and no batch will ever be taken again."""
@@ -186,15 +200,23 @@ class Coalescer:
         rows, size = request.accepted.rows, request.bytes
         if self._waiting:
             wait_ns = self._waiting_rows * self._row_ns
-            if (
-                self._waiting_rows + rows > self._max_waiting_rows
-                or self._waiting_bytes + size > self._max_waiting_bytes
-                or (request.expires_ns is not None and request.since_ns + wait_ns > request.expires_ns)
-            ):
-                raise QueueFull(rows=self._waiting_rows, wait_s=wait_ns / 1e9)
+            if bound := self._bound_hit(request, rows, size, wait_ns):
+                raise QueueFull(rows=self._waiting_rows, wait_s=wait_ns / 1e9, bound=bound)
         self._waiting.append(request)
         self._waiting_rows += rows
         self._waiting_bytes += size
+
+    def _bound_hit(self, request: Computed, rows: int, size: int, wait_ns: float) -> str:
+        """What keeps a request from joining those who wait, in words; empty: nothing does."""
+        if self._waiting_rows + rows > self._max_waiting_rows:
+            return f"at most {self._max_waiting_rows} rows may wait"
+        if self._waiting_bytes + size > self._max_waiting_bytes:
+            return f"at most {self._max_waiting_bytes} bytes may wait"
+        if request.expires_ns is not None and request.since_ns + wait_ns > request.expires_ns:
+            return "the 'timeout' of this request would pass while it waits"
+        if wait_ns > self._max_wait_s * 1e9 and len(self._waiting) >= ALWAYS_WAIT:
+            return f"no request may wait longer than {self._max_wait_s:g} s"
+        return ""
 
     def _leave(self, request: Computed) -> None:
         self._waiting_rows -= request.accepted.rows
@@ -263,8 +285,9 @@ class Coalescer:
                 for request in batch:
                     self._compute([request])
             return
+        began_ns = max(self.ran_ns, batch[0].since_ns)  # what passes between two batches is waited for too
         self.ran_ns = ended_ns = perf_counter_ns()
-        self._row_ns += ((ended_ns - started_ns) / rows - self._row_ns) * _RECENT
+        self._learn((ended_ns - began_ns) / rows, full=2 * rows >= self._max_rows)
         for request in batch:
             request.queue_ns = started_ns - request.since_ns
             request.compute_ns = ended_ns - started_ns
@@ -275,6 +298,11 @@ class Coalescer:
             infer_ns=ran_ns - stacked_ns,
             output_ns=ended_ns - ran_ns,
         )
+
+    def _learn(self, row_ns: float, *, full: bool) -> None:
+        """What a row took. A batch that is not full tells only that it takes no longer than that."""
+        if full or row_ns < self._row_ns:
+            self._row_ns += (row_ns - self._row_ns) * (_RECENT if self._row_ns else 1.0)
 
 
 def _answer(batch: Sequence[Computed]) -> None:

@@ -372,9 +372,10 @@ class QueueFull(RequestError):
     status = 429
     code = "queue_full"
 
-    def __init__(self, *, rows: int, wait_s: float) -> None:
+    def __init__(self, *, rows: int, wait_s: float, bound: str) -> None:
         self.retry_after_s = max(1, math.ceil(wait_s))
-        super().__init__(f"{rows} rows are waiting already; try again in {self.retry_after_s} s")
+        work = f", about {wait_s:.2f} s of work" if wait_s else ""
+        super().__init__(f"{rows} rows are waiting already{work}; {bound}; try again in {self.retry_after_s} s")
 
 
 class HeadersTooLarge(RequestError):

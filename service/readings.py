@@ -80,7 +80,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "evalmode_requests_in_flight": Family(kind="gauge", help="Predictions that were read and are not answered yet."),
     "evalmode_queue_rows": Family(kind="gauge", labels=_MODEL, help="Rows that wait for their batch."),
-    "evalmode_queue_limit_rows": Family(kind="gauge", labels=_MODEL, help="The most rows that may wait."),
+    "evalmode_queue_limit_rows": Family(
+        kind="gauge", labels=_MODEL, help="The most rows that may wait, as fast as it runs now."
+    ),
     "evalmode_loads": Family(
         kind="counter",
         labels=("model", "result"),

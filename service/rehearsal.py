@@ -44,6 +44,12 @@ class Batching:
     independence: IndependenceFigure
     """Admission's, with what the other sizes showed."""
 
+    @property
+    def row_s(self) -> float:
+        """Seconds of a row in the largest batch."""
+        rows, run_s = max(self.run_s.items())
+        return run_s / rows
+
 
 def rehearse(admitted: Admitted, numerics: Numerics) -> Batching:
     """Run the model at every size it will be used at.

@@ -10,6 +10,7 @@ Rule 4: what is live goes on while something better is looked for, when that is 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -467,6 +468,8 @@ def _load(found: Found, placement: Placement, settings: Settings, *, memory_byte
         inline_rows=batching.inline_rows,
         max_waiting_rows=settings.max_queue_rows,
         max_waiting_bytes=settings.max_queue_bytes,
+        max_wait_s=settings.max_queue_s or math.inf,
+        row_s=batching.row_s,
         statistics=statistics,
     )
     rows, run_s = min(batching.run_s.items())

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,9 @@ from pathlib import Path
 import psutil
 
 from benchmarks.chaos.requests import BODY_LIMIT_BYTES
+
+OPTIONS = ("--body-limit-bytes", str(BODY_LIMIT_BYTES), "--max-queue-rows", "100000", "--max-queue-s", "0")
+"""Nobody is refused for what others send."""
 
 SETTLED_S = 15.0
 """So long may it take until what clients left behind is gone."""
@@ -60,14 +63,14 @@ class Server:
 
 
 @contextmanager
-def serving(models: Path, *, workers: int, log: Path) -> Iterator[Server]:
+def serving(models: Path, *, workers: int, log: Path, options: Sequence[str] = OPTIONS) -> Iterator[Server]:
     """Serve a repository until the block ends.
 
     Args:
         log: what the server prints.
     """
     command = [sys.executable, "-m", "service.cli", "serve", str(models), "--port", "0", "--workers", str(workers)]
-    command += ["--body-limit-bytes", str(BODY_LIMIT_BYTES), "--max-queue-rows", "100000"]
+    command += options
     with log.open("wb") as printed:
         process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
     try:

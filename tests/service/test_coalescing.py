@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.coalescing import Coalescer, Computed, plan
+from service.coalescing import ALWAYS_WAIT, Coalescer, Computed, plan
 from service.errors import ClientLeft, DeadlineExceeded, QueueFull, RowsRejected
+from service.settings import Settings
 from service.signature import Accepted
 from service.statistics import Statistics
 from tests.fakes import FakeRuntime
@@ -376,7 +377,9 @@ def test_the_queue_has_an_end(limit: str) -> None:
         running = submitted(coalescer, accepted(0))
         await asyncio.to_thread(runtime.started.wait)
         waiting = [submitted(coalescer, accepted(i)) for i in range(4)]
-        with pytest.raises(QueueFull, match="4 rows are waiting already; try again in 1 s"):
+        with pytest.raises(
+            QueueFull, match=rf"4 rows are waiting already; at most \d+ {limit} may wait; try again in 1"
+        ):
             submitted(coalescer, accepted(9))
         await asyncio.gather(running, *waiting)
         await submitted(coalescer, accepted(0))  # there is room again
@@ -410,15 +413,124 @@ def test_who_would_be_late_is_refused_at_once() -> None:
 
     async def scenario() -> None:
         coalescer = Coalescer(runtime, max_rows=1, inline_rows=0)
-        for _ in range(30):  # the average has to be found out
-            await submitted(coalescer, accepted(0))
+        await submitted(coalescer, accepted(0))  # what a row takes has to be found out
         waiting = [submitted(coalescer, accepted(i)) for i in range(6)]
         await asyncio.sleep(0)
         now_ns = time.perf_counter_ns()
-        with pytest.raises(QueueFull):
+        with pytest.raises(QueueFull, match="the 'timeout' of this request would pass while it waits"):
             submitted(coalescer, accepted(9), expires_ns=now_ns + 40_000_000)
         patient = submitted(coalescer, accepted(9), expires_ns=now_ns + 60_000_000_000)
         await asyncio.gather(*waiting, patient)
+
+    asyncio.run(scenario())
+
+
+def test_a_few_may_always_wait() -> None:
+    """A row takes ten seconds and a wait of one is allowed: 32 wait all the same, and the next is told how long."""
+
+    async def scenario() -> None:
+        coalescer = Coalescer(FakeRuntime(), max_rows=1, inline_rows=64, max_wait_s=1, row_s=10)
+        waiting = [submitted(coalescer, accepted(i)) for i in range(ALWAYS_WAIT)]
+        with pytest.raises(QueueFull, match=r"about 320\.00 s of work; no request may wait longer than 1 s") as refused:
+            submitted(coalescer, accepted(9))
+        assert refused.value.retry_after_s == 320
+        await asyncio.gather(*waiting)
+
+    asyncio.run(scenario())
+    assert f"{ALWAYS_WAIT} requests may always wait" in str(Settings.model_fields["max_queue_s"].description)
+
+
+def test_who_would_wait_longer_than_anybody_may_is_refused() -> None:
+    """A row takes 50 ms and a wait of two seconds is allowed: whoever finds up to 40 rows may wait, at 41 nobody."""
+
+    async def scenario() -> None:
+        coalescer = Coalescer(FakeRuntime(), max_rows=1, inline_rows=64, max_wait_s=2, row_s=0.05)
+        assert coalescer.max_waiting_rows == 40
+        waiting = [submitted(coalescer, accepted(i)) for i in range(41)]
+        with pytest.raises(QueueFull, match=r"41 rows are waiting already, about 2\.05 s of work") as refused:
+            submitted(coalescer, accepted(9))
+        assert refused.value.retry_after_s == 3
+        await asyncio.gather(*waiting)
+        await submitted(coalescer, accepted(9))
+
+    asyncio.run(scenario())
+
+
+def test_the_rows_of_a_request_count_for_those_behind_it() -> None:
+    """A large one that few wait before is let in; when 32 wait, whoever comes would wait for its rows too."""
+
+    async def scenario() -> None:
+        coalescer = Coalescer(FakeRuntime(), max_rows=64, inline_rows=0, max_wait_s=1, row_s=0.01)
+        waiting = [submitted(coalescer, accepted(1, rows=1000))]
+        waiting += [submitted(coalescer, accepted(i)) for i in range(ALWAYS_WAIT - 1)]
+        with pytest.raises(QueueFull) as refused:
+            submitted(coalescer, accepted(9))
+        assert refused.value.retry_after_s == 11
+        await asyncio.gather(*waiting)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("row_s", [0.0, 0.02 / 64])
+def test_a_burst_on_a_model_that_was_asked_by_single_rows_is_let_in(row_s: float) -> None:
+    """A single row takes as long as a full batch, and says nothing about a row of many."""
+    runtime = FakeRuntime(run_s=0.02)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=64, inline_rows=0, max_wait_s=1, row_s=row_s)
+        for _ in range(5):
+            await submitted(coalescer, accepted(0))
+        await asyncio.gather(*(submitted(coalescer, accepted(i)) for i in range(300)))
+
+    asyncio.run(scenario())
+    assert runtime.batches == [1] * 5 + [64] * 4 + [44]
+
+
+def test_nobody_is_refused_for_a_rate_that_nobody_measured() -> None:
+    async def scenario() -> None:
+        coalescer = Coalescer(FakeRuntime(), max_rows=1, inline_rows=64, max_wait_s=1e-9, max_waiting_rows=1000)
+        assert coalescer.max_waiting_rows == 1000
+        await asyncio.gather(*(submitted(coalescer, accepted(i)) for i in range(100)))
+
+    asyncio.run(scenario())
+
+
+def test_the_first_batch_of_many_tells_what_a_row_takes() -> None:
+    """It is not averaged with a figure that nobody measured; a batch that is less than half full tells nothing."""
+    runtime = FakeRuntime(run_s=0.02)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=4, inline_rows=0, max_wait_s=1, max_waiting_rows=1000)
+        await submitted(coalescer, accepted(0))
+        assert coalescer.max_waiting_rows == 1000
+        await submitted(coalescer, accepted(0, rows=2))
+        assert 32 <= coalescer.max_waiting_rows <= 100
+
+    asyncio.run(scenario())
+
+
+def test_what_passes_between_two_batches_is_waited_for_too() -> None:
+    """Computing takes nothing and answering 10 ms: in a second a hundred are through, not thousands."""
+
+    async def scenario() -> None:
+        coalescer = Coalescer(FakeRuntime(), max_rows=1, inline_rows=64, max_wait_s=1, row_s=0.01)
+        for _ in range(20):
+            coalescer.submit(accepted(1), lambda _: time.sleep(0.01))
+        await submitted(coalescer, accepted(1))
+        assert coalescer.max_waiting_rows <= 110
+
+    asyncio.run(scenario())
+
+
+def test_a_rate_that_was_thought_too_low_is_found_out_by_few() -> None:
+    """A pause of the machine made a row seem to take ten seconds; single rows are enough to know better."""
+
+    async def scenario() -> None:
+        coalescer = Coalescer(FakeRuntime(), max_rows=64, inline_rows=64, max_wait_s=1, row_s=10)
+        assert coalescer.max_waiting_rows == ALWAYS_WAIT
+        for i in range(100):
+            await submitted(coalescer, accepted(i))
+        assert coalescer.max_waiting_rows > 2 * ALWAYS_WAIT
 
     asyncio.run(scenario())
 

@@ -144,10 +144,17 @@ def test_both_formats_are_well_formed(repository: Repository) -> None:
     talk(repository, scenario)
 
 
-def test_the_queue_has_its_limit_beside_it(models: Path) -> None:
+@pytest.mark.parametrize(
+    ("max_queue_s", "limit_rows"), [("3600", 4096), ("0", 4096), ("0.000000001", 32)], ids=["rows", "no time", "time"]
+)
+def test_the_queue_has_its_limit_beside_it(
+    models: Path, monkeypatch: pytest.MonkeyPatch, max_queue_s: str, limit_rows: int
+) -> None:
+    """In time it is told from the start, by what a row took when the model was loaded."""
+    monkeypatch.setenv("EVALMODE_MAX_QUEUE_S", max_queue_s)
     repository = loaded(models)
     page = talk(repository, page_of, Settings(threads=1))
-    assert total(page, "evalmode_queue_limit_rows") == 4096
+    assert total(page, "evalmode_queue_limit_rows") == limit_rows
     assert total(page, "evalmode_queue_rows") == 0
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from service import rehearsal
 from service.admission import Admitted, admit, admit_with
 from service.bundle import Bundle
-from service.rehearsal import rehearse
+from service.rehearsal import Batching, rehearse
 from service.runtime import place
 from tests import graphs
 from tests.fakes import FakeRuntime
@@ -82,6 +82,13 @@ def test_no_batch_is_as_large_as_one_that_rounding_does_not_explain(numerics: An
     batching = rehearse(admitted(Rehearsed(off_at=11, off_by=0.5)), numerics)
     assert batching.max_rows == 10
     assert (batching.independence.kind, batching.independence.batch_sizes[-1]) == ("exact", 10)
+
+
+def test_what_a_row_takes_is_read_off_the_largest_batch() -> None:
+    """Where rows may not share a batch that is one row, and where a batch is of a fixed size that one."""
+    figure = rehearse(admitted(Rehearsed()), "exact").independence
+    for run_s, row_s in (({1: 0.02, 2: 0.021, 16: 0.032}, 0.002), ({1: 0.02}, 0.02), ({4: 0.02}, 0.005)):
+        assert Batching(max_rows=16, inline_rows=0, run_s=run_s, independence=figure).row_s == row_s
 
 
 def test_sizes_for_which_there_is_no_time_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
