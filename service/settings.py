@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     )
     max_queue_rows: int = Field(default=4096, ge=1, description="The most rows of a model that wait; more get 429.")
     max_queue_bytes: int = Field(default=256 * 2**20, ge=1, description="The most bytes of them; more get 429.")
+    max_reading_bytes: int = Field(
+        default=256 * 2**20, ge=1, description="The most bytes of bodies being read, two at least; more get 429."
+    )
     timeout_s: float = Field(default=30.0, ge=0, description="How long a caller waits who does not say; 0 is no limit.")
     shutdown_delay_s: float = Field(
         default=2.0, ge=0, description="After SIGTERM, how long it is not ready and answers all the same."
