@@ -2,20 +2,23 @@
 
 `plan` decides, `Coalescer` acts.
 
-Rule 1: there is no timer. A request that is alone runs at once, and so does a full batch; what was submitted in one
-        turn of the event loop runs together; while a batch runs in a thread, those that arrive form the next.
+Rule 1: no batch waits for a timer. A request that is alone runs at once, and so does a full batch; what was submitted
+        in one turn of the event loop runs together; while a batch runs in a thread, those that arrive form the next.
 Rule 2: a request enters only as `Accepted`, so one caller's mistake cannot fail another's.
 Rule 3: order is arrival; a request is never split and never overtaken.
 Rule 4: every request submitted gets an answer or an exception; one that fails does not fail those beside it.
 Rule 5: whoever has gone, or has no time left, is dropped before anything is computed.
 Rule 6: the queue has an end. Who would wait behind too many rows, too many bytes or beyond its deadline is refused at
         once, and told when to come again.
+Rule 7: whoever has little time hears that it is over when it is; whoever has more, when somebody looks (`drop_late`).
+        There is one timer for all of them, and only while one of them waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +37,9 @@ Outputs = list[NDArray[Any]]
 
 _RECENT = 0.1
 """The weight of the last batch in an average."""
+
+LITTLE_TIME_NS = 10_000_000_000
+"""Whoever has more hears of its end a second late, which it does not notice; among them are all who do not say."""
 
 _log = logging.getLogger(__name__)
 
@@ -123,6 +129,9 @@ class Coalescer:
         """The batch that runs there."""
         self._busy = False
         """A batch is running, or will in the next turn of the loop."""
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_ns: float = math.inf
+        """When it goes off."""
         self._row_ns = 0.0
         """What a row takes in a batch, on average over the last ones."""
         self.ran_ns = perf_counter_ns()
@@ -155,6 +164,8 @@ class Coalescer:
                 self._run_inline([request])
             return
         self._enter(request)
+        if expires_ns is not None and expires_ns < self._alarm_ns and expires_ns - request.since_ns <= LITTLE_TIME_NS:
+            self._set_alarm(expires_ns)
         if not self._busy:
             self._busy = True
             asyncio.get_running_loop().call_soon(self._run_next)
@@ -182,6 +193,25 @@ class Coalescer:
         for request in self._in_thread:
             _wanted(request, now_ns)
 
+    def _set_alarm(self, at_ns: float) -> None:
+        self._stop_alarm()
+        left_s = (at_ns - perf_counter_ns()) / 1e9
+        self._alarm, self._alarm_ns = asyncio.get_running_loop().call_later(left_s, self._ring), at_ns
+
+    def _stop_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm, self._alarm_ns = None, math.inf
+
+    def _ring(self) -> None:
+        """For the first whose time is over; and again for the next."""
+        self._stop_alarm()
+        self.drop_late()
+        now_ns = perf_counter_ns()
+        times_ns = [request.expires_ns for request in (*self._in_thread, *self._waiting)]
+        if left_ns := [it for it in times_ns if it is not None and now_ns < it < now_ns + LITTLE_TIME_NS]:
+            self._set_alarm(min(left_ns))
+
     def _enter(self, request: Computed) -> None:
         rows, size = request.accepted.rows, request.bytes
         if self._waiting:
@@ -203,7 +233,7 @@ class Coalescer:
     def _run_next(self) -> None:
         batch = self._take()
         if not batch:
-            self._busy = False
+            self._rest()
         elif sum([request.accepted.rows for request in batch]) <= self._inline_rows:
             self._run_inline(batch)
             self._go_on()
@@ -234,7 +264,12 @@ class Coalescer:
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._run_next)
         else:
-            self._busy = False
+            self._rest()
+
+    def _rest(self) -> None:
+        """Nobody waits."""
+        self._busy = False
+        self._stop_alarm()
 
     def _take(self) -> list[Computed]:
         now_ns = perf_counter_ns()
