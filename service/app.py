@@ -21,6 +21,7 @@ from service import logs, management, metrics, openapi
 from service.access import Access
 from service.access_log import AccessLog
 from service.asgi import CODE, Application
+from service.bodies import Bodies
 from service.counts import Counts
 from service.crew import Alone, Crew
 from service.errors import (
@@ -57,7 +58,9 @@ def create_app(repository: Repository, settings: Settings, crew: Crew | None = N
     watch = Watch(repository.counts, *_watchers(settings, repository.counts))
     rest = _fastapi(repository, crew or Alone(repository), settings, readiness, watch, needs_keys=access.needs_keys)
     predictions = Predictions(repository, timeout_s=settings.timeout_s or None, watch=watch)
-    return Application(predictions, readiness, access, body_limit_bytes=settings.body_limit_bytes, rest=rest)
+    limit_bytes = settings.body_limit_bytes
+    bodies = Bodies(max_bytes=settings.max_reading_bytes, body_limit_bytes=limit_bytes)
+    return Application(predictions, readiness, access, bodies, body_limit_bytes=limit_bytes, rest=rest)
 
 
 def _watchers(settings: Settings, counts: Counts) -> list[Watcher]:

@@ -15,7 +15,8 @@ from time import perf_counter_ns
 from typing import Any, final
 
 from service.access import Access
-from service.errors import BadRequest, BodyTooLarge, MethodNotAllowed, RequestError
+from service.bodies import Bodies, Held
+from service.errors import BadRequest, BodyTooLarge, MethodNotAllowed, RequestError, ServerFull
 from service.page_headers import with_page_headers
 from service.prediction import (
     REQUEST_ID,
@@ -31,7 +32,7 @@ from service.prediction import (
     route_of,
     traced,
 )
-from service.protocol.compression import decompressed
+from service.protocol.compression import unpacked
 from service.readiness import Readiness
 from service.watch import ELSEWHERE, Ended
 
@@ -58,11 +59,19 @@ class Application:
     """Answers predictions; hands everything else to `rest`."""
 
     def __init__(
-        self, predictions: Predictions, readiness: Readiness, access: Access, *, body_limit_bytes: int, rest: Asgi
+        self,
+        predictions: Predictions,
+        readiness: Readiness,
+        access: Access,
+        bodies: Bodies,
+        *,
+        body_limit_bytes: int,
+        rest: Asgi,
     ) -> None:
         self.predictions = predictions
         self.readiness = readiness
         self.access = access
+        self.bodies = bodies
         self.body_limit_bytes = body_limit_bytes
         self._rest = rest
 
@@ -129,16 +138,21 @@ class Application:
 
     async def _answer(self, scope: Scope, headers: Headers, route: Route, receive: Receive) -> tuple[int, Said, bytes]:
         began_ns = perf_counter_ns()
+        held = Held(self.bodies)
         try:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(f"{scope['path']} takes POST, not {scope['method']}")
             check_content_type(headers, binary=route.binary)
-            body = await self._body(receive, headers)
+            body = await self._body(receive, headers, held)
         except Exception as error:
             given = request_id(headers)
-            answer = refusal(error, given)
-            self._ended(scope, headers, route.pattern, answer[0], code_of(error), given, began_ns)
-            return answer
+            status, said, content = refusal(error, given)
+            if isinstance(error, ServerFull):
+                said.append((b"connection", b"close"))
+            self._ended(scope, headers, route.pattern, status, code_of(error), given, began_ns)
+            return status, said, content
+        finally:
+            held.hold(0)
         answered: asyncio.Future[tuple[int, Said, bytes]] = asyncio.get_running_loop().create_future()
 
         def reply(status: int, said: Said, content: bytes) -> None:
@@ -151,12 +165,19 @@ class Application:
         )
         return await answered
 
-    async def _body(self, receive: Receive, headers: Headers) -> bytes:
+    async def _body(self, receive: Receive, headers: Headers, held: Held) -> bytes:
         """What the client sent, uncompressed.
 
         Raises:
-            RequestError: it is too large, or not what its headers say.
+            RequestError: it is too large, or not what its headers say, or there is no room for it.
         """
+        body = await self._received(receive, headers, held)
+        if b"content-encoding" not in headers:
+            return body
+        return await self._unpacked(body, headers[b"content-encoding"], held)
+
+    async def _received(self, receive: Receive, headers: Headers, held: Held) -> bytes:
+        """What the client sent, as it came."""
         limit_bytes = self.body_limit_bytes
         if (declared_bytes(headers) or 0) > limit_bytes:
             raise BodyTooLarge(limit_bytes=limit_bytes)
@@ -172,13 +193,23 @@ class Application:
             size += len(chunk)
             if size > limit_bytes:
                 raise BodyTooLarge(limit_bytes=limit_bytes)
+            if more:
+                held.hold(size)
             chunks.append(chunk)
-        body = b"".join(chunks)
-        if b"content-encoding" not in headers:
-            return body
-        if size < THREAD_BYTES // 32:  # it may become a thousand times as large
-            return decompressed(body, headers[b"content-encoding"], limit_bytes=limit_bytes)
-        return await asyncio.to_thread(decompressed, body, headers[b"content-encoding"], limit_bytes=limit_bytes)
+        return b"".join(chunks)
+
+    async def _unpacked(self, body: bytes, encoding: bytes, held: Held) -> bytes:
+        pieces = unpacked(body, encoding, limit_bytes=self.body_limit_bytes)
+        if len(body) < THREAD_BYTES // 32:  # it may become a thousand times as large
+            return b"".join(pieces)
+        content: list[bytes] = []
+        size = len(body)
+        held.hold(size)
+        while piece := await asyncio.to_thread(next, pieces, b""):
+            size += len(piece)
+            held.hold(size)
+            content.append(piece)
+        return b"".join(content)
 
 
 def declared_bytes(headers: Headers) -> int | None:

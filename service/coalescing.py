@@ -2,8 +2,8 @@
 
 `plan` decides, `Coalescer` acts.
 
-Rule 1: there is no timer. A request that is alone runs at once, and so does a full batch; what was submitted in one
-        turn of the event loop runs together; while a batch runs in a thread, those that arrive form the next.
+Rule 1: no batch waits for a timer. A request that is alone runs at once, and so does a full batch; what was submitted
+        in one turn of the event loop runs together; while a batch runs in a thread, those that arrive form the next.
 Rule 2: a request enters only as `Accepted`, so one caller's mistake cannot fail another's.
 Rule 3: order is arrival; a request is never split and never overtaken.
 Rule 4: every request submitted gets an answer or an exception; one that fails does not fail those beside it.
@@ -12,6 +12,8 @@ Rule 6: the queue has an end. Who would wait too long, beyond its deadline, or b
         at once, and told when to come again. A few may always wait, however slow the model is.
 Rule 7: how long a wait will be is told by batches that are at least half full, as they are when many wait: a row that
         runs alone may take as long as a full batch.
+Rule 8: whoever has little time hears that it is over when it is; whoever has more, when somebody looks (`drop_late`).
+        There is one timer for all of them, and only while one of them waits.
 """
 
 from __future__ import annotations
@@ -41,6 +43,9 @@ time, are not too many."""
 
 _RECENT = 0.1
 """The weight of the last batch in an average."""
+
+LITTLE_TIME_NS = 10_000_000_000
+"""Whoever has more hears of its end a second late, which it does not notice; among them are all who do not say."""
 
 _log = logging.getLogger(__name__)
 
@@ -137,6 +142,9 @@ class Coalescer:
         """A batch is running, or will in the next turn of the loop."""
         self._row_ns = row_s * 1e9
         """What a row takes when many wait, on average over the last batches; 0: nobody knows yet."""
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_ns: float = math.inf
+        """When it goes off."""
         self.ran_ns = perf_counter_ns()
         """When the engine last gave an answer, on the clock of `perf_counter_ns`."""
 
@@ -167,6 +175,8 @@ class Coalescer:
                 self._run_inline([request])
             return
         self._enter(request)
+        if expires_ns is not None and expires_ns < self._alarm_ns and expires_ns - request.since_ns <= LITTLE_TIME_NS:
+            self._set_alarm(expires_ns)
         if not self._busy:
             self._busy = True
             asyncio.get_running_loop().call_soon(self._run_next)
@@ -195,6 +205,25 @@ class Coalescer:
                     self._leave(request)
         for request in self._in_thread:
             _wanted(request, now_ns)
+
+    def _set_alarm(self, at_ns: float) -> None:
+        self._stop_alarm()
+        left_s = (at_ns - perf_counter_ns()) / 1e9
+        self._alarm, self._alarm_ns = asyncio.get_running_loop().call_later(left_s, self._ring), at_ns
+
+    def _stop_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm, self._alarm_ns = None, math.inf
+
+    def _ring(self) -> None:
+        """For the first whose time is over; and again for the next."""
+        self._stop_alarm()
+        self.drop_late()
+        now_ns = perf_counter_ns()
+        times_ns = [request.expires_ns for request in (*self._in_thread, *self._waiting)]
+        if left_ns := [it for it in times_ns if it is not None and now_ns < it < now_ns + LITTLE_TIME_NS]:
+            self._set_alarm(min(left_ns))
 
     def _enter(self, request: Computed) -> None:
         rows, size = request.accepted.rows, request.bytes
@@ -225,7 +254,7 @@ class Coalescer:
     def _run_next(self) -> None:
         batch = self._take()
         if not batch:
-            self._busy = False
+            self._rest()
         elif sum([request.accepted.rows for request in batch]) <= self._inline_rows:
             self._run_inline(batch)
             self._go_on()
@@ -256,7 +285,12 @@ class Coalescer:
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._run_next)
         else:
-            self._busy = False
+            self._rest()
+
+    def _rest(self) -> None:
+        """Nobody waits."""
+        self._busy = False
+        self._stop_alarm()
 
     def _take(self) -> list[Computed]:
         now_ns = perf_counter_ns()

@@ -30,15 +30,18 @@ import math
 import re
 import sys
 from collections import deque
+from collections.abc import Sized
 from typing import Any, ClassVar, cast, final
 
 import httptools
 import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from service.asgi import GONE, Application, declared_bytes, headers_by_name
-from service.errors import BadRequest, HeadersTooLarge, RequestError, RequestTooSlow
+from service.bodies import Held
+from service.errors import BadRequest, HeadersTooLarge, RequestError, RequestTooSlow, ServerFull
 from service.large_body import LARGE_BODY_BYTES, LargeBody, place_for
 from service.prediction import Headers, Route, Said, code_of, declared_json_bytes, refusal, request_id, route_of
 from service.protocol import Body
@@ -88,6 +91,7 @@ class Exchange:
     """A prediction's request and whether it is answered, in the place of uvicorn's `RequestResponseCycle`."""
 
     __slots__ = (
+        "body_bytes",
         "chunks",
         "disconnected",
         "headers",
@@ -105,6 +109,7 @@ class Exchange:
     def __init__(self, route: Route, headers: Headers, body_bytes: int, *, keep_alive: bool) -> None:
         self.route = route
         self.headers = headers
+        self.body_bytes = body_bytes
         self.left_bytes = body_bytes
         """Of the body, not yet read."""
         self.chunks: list[bytes] = []
@@ -141,6 +146,19 @@ class Exchange:
 
 
 @final
+class Flow(FlowControl):
+    """Reads nothing while a request waits for its turn; uvicorn would read on with each answer, and hold all of it."""
+
+    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        if not self._pipeline:
+            super().resume_reading()
+
+
+@final
 class Connection(HttpToolsProtocol):
     """uvicorn's connection, with a shorter way for predictions.
 
@@ -163,9 +181,15 @@ class Connection(HttpToolsProtocol):
         """On the clock of the event loop; infinite while it is our turn."""
         self._unhanded_bytes = 0
         """What came since the last part of a body: of a head, or of what may follow a body in chunks."""
+        self._held = Held(app.bodies)
+        """Of bodies, what is here and waits: for the rest, or for its turn."""
         self._unsent_bytes = 0
         self._unsent_since_s = self.loop.time()
         """When the client was last seen reading what is written."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.flow = Flow(transport, self.pipeline)
 
     # what is read
 
@@ -179,8 +203,17 @@ class Connection(HttpToolsProtocol):
             self._unhanded_bytes = 0
             self._give_up(_too_large())
         exchange = self._exchange
-        if exchange is not None and exchange.place is not None and exchange.left_bytes:
-            self._hand_over(LargeBody(self, exchange.room(), self._took))
+        if exchange is not None:  # more of its body is to come
+            self._hold(exchange)
+            if exchange.place is not None and exchange.left_bytes:
+                self._hand_over(LargeBody(self, exchange.room(), self._took))
+
+    def _hold(self, exchange: Exchange) -> None:
+        """Count what is here of a body that is not here whole."""
+        try:
+            self._held.hold(exchange.body_bytes - exchange.left_bytes)
+        except ServerFull as error:
+            self._give_up(error)
 
     def _took(self, read_bytes: int) -> None:
         """So much more of a large body is in its place."""
@@ -188,7 +221,9 @@ class Connection(HttpToolsProtocol):
         assert exchange is not None
         self._deadline_s += read_bytes / RATE_BYTES_S
         exchange.left_bytes -= read_bytes
-        if not exchange.left_bytes:
+        if exchange.left_bytes:
+            self._hold(exchange)
+        else:
             self.parser = httptools.HttpRequestParser(self)  # the one before waits for a body that it will not see
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
             self._hand_over(self)
@@ -234,8 +269,10 @@ class Connection(HttpToolsProtocol):
         self._deadline_s += len(body) / RATE_BYTES_S
         if self._exchange is not None:
             self._exchange.take(body)
-        else:
-            super().on_body(body)
+            return
+        if self.pipeline:
+            self._held.hold(self._held.count_bytes + len(body))
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._reading = False
@@ -247,6 +284,8 @@ class Connection(HttpToolsProtocol):
             return
         exchange.more_body = False
         self._deadline_s = math.inf
+        if self._held.count_bytes:
+            self._held.hold(0)
         alone, self._first = self._first and len(self.connections) == 1, False
 
         def reply(status: int, said: Said, content: bytes) -> None:
@@ -325,14 +364,17 @@ class Connection(HttpToolsProtocol):
         self._owed.popleft()
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
         if self.pipeline:
             cycle, app = self.pipeline.pop()
+            self._held.hold(self._held.count_bytes - len(cycle.body))
             self._start_asgi_task(cycle, app)
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._held.hold(0)
         for cycle in self._owed:  # uvicorn tells the last that came, and that may not be the one that is computed
             cycle.disconnected = True
             cycle.message_event.set()

@@ -39,6 +39,7 @@ The sentence names what, got, wanted, and what to do. A test compares this drawi
         ├── UnsupportedMediaType     415 unsupported_media_type
         ├── UnsupportedEncoding      415 unsupported_encoding
         ├── QueueFull                429 queue_full
+        ├── ServerFull               429 server_full
         ├── HeadersTooLarge          431 headers_too_large
         ├── ClientLeft               499 client_left
         ├── NotReady                 503 not_ready
@@ -376,6 +377,19 @@ class QueueFull(RequestError):
         self.retry_after_s = max(1, math.ceil(wait_s))
         work = f", about {wait_s:.2f} s of work" if wait_s else ""
         super().__init__(f"{rows} rows are waiting already{work}; {bound}; try again in {self.retry_after_s} s")
+
+
+class ServerFull(RequestError):
+    """So much of other bodies is being read that there is no room for this one; the connection is closed."""
+
+    status = 429
+    code = "server_full"
+    retry_after_s = 1
+
+    def __init__(self, *, held_bytes: int) -> None:
+        super().__init__(
+            f"{held_bytes} bytes of other requests are being read already; try again in {self.retry_after_s} s"
+        )
 
 
 class HeadersTooLarge(RequestError):

@@ -8,6 +8,7 @@ Rule 2: in a turn of the loop, as many connections are taken as there are. If it
 Rule 3: nothing that was accepted is lost when the process ends. After SIGTERM it is not ready, but answers all that
         comes for a while, until those who send it have noticed; each answer closes its connection. Then nobody is let
         in any more, what is there is answered, and the process ends. Ctrl-C goes without the while.
+        It ends also if the engine never comes back: a thread cannot be stopped, but it can be left behind.
 Rule 4: over TLS, who does not complete the handshake in time, or speaks something else, is let go of, and nobody waits.
 """
 
@@ -16,15 +17,19 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any, cast, final
 
 import uvicorn
 
+from service import logs
 from service.asgi import Application
 from service.connection import Connection
 from service.memory import give_back
@@ -44,7 +49,13 @@ _MORE_WITH = 4
 """One more is taken at once for each so many that are open."""
 
 DRAIN_LIMIT_S = 30.0
-"""What is not answered so long after nobody is let in any more is given up."""
+"""What is not answered so long after nobody is let in any more is given up, and what is computed is not waited for."""
+
+THREADS_LIMIT_S = 1.0
+"""Threads have so long to end, however long the answers took."""
+
+LEFT_BEHIND = 1
+"""The exit code of a process that ends while a thread of it still computes."""
 
 CONNECTING_LIMIT_S = 1.0
 """Who is in a TLS handshake then has so long to come to its end."""
@@ -106,6 +117,8 @@ class Server(uvicorn.Server):
         self._tls = tls
         self._connecting: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._threads = ThreadPoolExecutor(thread_name_prefix="thread")
+        """Where models compute that take long, and versions are admitted."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         assert sockets is not None
@@ -116,6 +129,7 @@ class Server(uvicorn.Server):
         self._listening.listen(LISTEN_BACKLOG)
         self._listening.setblocking(False)
         self._loop = asyncio.get_running_loop()
+        self._loop.set_default_executor(self._threads)
         self._loop.add_reader(self._listening, self._take)
         await self.on_tick(0)  # the date header
         gc.collect()
@@ -173,6 +187,20 @@ class Server(uvicorn.Server):
         for connection in self._connections:
             connection.transport.abort()
         await super().shutdown()
+        if not await self._threads_end(end_s):
+            _log.error("a model is still being computed or admitted; the process ends without waiting for it")
+            logs.flush()
+            os._exit(LEFT_BEHIND)  # Python would wait for its threads
+
+    async def _threads_end(self, end_s: float) -> bool:
+        """Whether they do in time; they are given nothing more to do."""
+        loop = asyncio.get_running_loop()
+        least_s = loop.time() + THREADS_LIMIT_S
+        waiting = threading.Thread(target=self._threads.shutdown, daemon=True)
+        waiting.start()
+        while waiting.is_alive() and loop.time() < (least_s if self.force_exit else max(least_s, end_s)):  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_TICK_S)
+        return not waiting.is_alive()
 
     @property
     def _connections(self) -> list[Connection]:

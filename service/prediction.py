@@ -26,6 +26,7 @@ from service.errors import (
     MethodNotAllowed,
     QueueFull,
     RequestError,
+    ServerFull,
     Unauthorized,
     UnsupportedEncoding,
     UnsupportedMediaType,
@@ -264,7 +265,7 @@ def refusal(error: BaseException, request_id: bytes) -> tuple[int, Said, bytes]:
         said.append((b"www-authenticate", b"Bearer"))
     if isinstance(error, MethodNotAllowed):
         said.append((b"allow", b"POST"))
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | ServerFull):
         said.append((b"retry-after", b"%d" % error.retry_after_s))
     if isinstance(error, UnsupportedEncoding):
         said.append((b"accept-encoding", b"gzip, deflate"))

@@ -51,10 +51,13 @@ class Settings(BaseSettings):
     max_queue_rows: int = Field(default=4096, ge=1, description="The most rows of a model that wait; more get 429.")
     max_queue_bytes: int = Field(default=256 * 2**20, ge=1, description="The most bytes of them; more get 429.")
     max_queue_s: float = Field(
-        default=1.0,
+        default=0.25,
         ge=0,
         description="The longest expected wait, at the measured rate; more get 429, but 32 requests may always wait. "
         "0 is no limit.",
+    )
+    max_reading_bytes: int = Field(
+        default=256 * 2**20, ge=1, description="The most bytes of bodies being read, two at least; more get 429."
     )
     timeout_s: float = Field(default=30.0, ge=0, description="How long a caller waits who does not say; 0 is no limit.")
     shutdown_delay_s: float = Field(

@@ -303,6 +303,7 @@ def serving(
             if not served.ended.done():
                 served.begin_shutdown()
         served.ended.result(LIMIT_S)
+        assert app.bodies.held_bytes == 0
 
 
 def _spy_on(served: Served, patch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
+from collections.abc import Iterator
 from typing import Literal
 
 from service.errors import BodyTooLarge, MalformedCompression, UnsupportedEncoding
@@ -20,12 +21,16 @@ WORTH_BYTES = 1024
 LEVEL = 1
 """Numbers hardly shrink further at a higher one, and take several times as long."""
 
+PIECE_BYTES = 2**20
+"""What is unpacked in one go: some milliseconds, and little beside a body."""
+
 _WINDOW: dict[Encoding, int] = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _ACCEPTED = re.compile(r"\s*(?P<coding>[^\s;,]+)\s*(?:;\s*q\s*=\s*(?P<q>[0-9.]+)\s*)?")
 
 
-def decompressed(body: bytes, encoding: bytes, *, limit_bytes: int) -> bytes:
-    """
+def unpacked(body: bytes, encoding: bytes, *, limit_bytes: int) -> Iterator[bytes]:
+    """What is in it, piece by piece and none of them empty, so that whoever holds them can say that it is enough.
+
     Args:
         encoding: the value of Content-Encoding.
 
@@ -36,7 +41,9 @@ def decompressed(body: bytes, encoding: bytes, *, limit_bytes: int) -> bytes:
     """
     match encoding.strip().lower():
         case b"" | b"identity":
-            return body
+            if body:
+                yield body
+            return
         case b"gzip" | b"x-gzip":
             name: Encoding = "gzip"
         case b"deflate":
@@ -44,15 +51,27 @@ def decompressed(body: bytes, encoding: bytes, *, limit_bytes: int) -> bytes:
         case other:
             raise UnsupportedEncoding(other.decode("latin-1"))
     reader = zlib.decompressobj(wbits=_WINDOW[name])
-    try:
-        content = reader.decompress(body, limit_bytes + 1)
-    except zlib.error as error:
-        raise MalformedCompression(encoding=name) from error
-    if len(content) > limit_bytes:
-        raise BodyTooLarge(limit_bytes=limit_bytes)
+    content_bytes = 0
+    for start in range(0, len(body), PIECE_BYTES):
+        if reader.eof:
+            raise MalformedCompression(encoding=name)
+        packed = body[start : start + PIECE_BYTES]
+        while not reader.eof:
+            most_bytes = min(PIECE_BYTES, limit_bytes + 1 - content_bytes)
+            try:
+                piece = reader.decompress(packed, most_bytes)
+            except zlib.error as error:
+                raise MalformedCompression(encoding=name) from error
+            packed = reader.unconsumed_tail
+            content_bytes += len(piece)
+            if content_bytes > limit_bytes:
+                raise BodyTooLarge(limit_bytes=limit_bytes)
+            if piece:
+                yield piece
+            if len(piece) < most_bytes:  # nothing is held back
+                break
     if not reader.eof or reader.unused_data:
         raise MalformedCompression(encoding=name)
-    return content
 
 
 def accepted(accept_encoding: bytes) -> Encoding | None:

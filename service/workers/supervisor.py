@@ -59,12 +59,15 @@ class Supervisor:
         self._announced = False
         self._stop_signal = signal.SIGTERM
         """What workers are stopped with: they take their time for SIGTERM."""
+        self._stopping = False
+        self._unfinished = 0
+        """Workers that could not end as they were asked to, because their engine did not come back."""
 
     async def run(self) -> None:
         """Serve until SIGINT or SIGTERM.
 
         Raises:
-            WrongCall, Refused: as the first worker said, or no worker can be started.
+            WrongCall, Refused: as the first worker said, or no worker can be started; or not all could end well.
         """
         stop = asyncio.Event()
 
@@ -83,11 +86,14 @@ class Supervisor:
         done, _ = await asyncio.wait([stopped, *kept], return_when=asyncio.FIRST_COMPLETED)
         self._listening.close()  # who comes now is refused at once
         tasks = [stopped, watching, *kept]
+        self._stopping = stop.is_set()
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
         for ended in done - {stopped}:
             ended.result()
+        if self._unfinished:
+            raise Refused(f"{self._unfinished} of the workers ended without finishing what they had; the log says why")
 
     async def _watch(self) -> None:
         """Here and not in the workers: what all load is the same."""
@@ -134,6 +140,8 @@ class Supervisor:
             code = await process.wait()
             await channel.close()
             self._processes.discard(process)
+            if self._stopping and code > 0:
+                self._unfinished += 1
         served_s = 0.0 if serves_from_s is None else time.monotonic() - serves_from_s
         return served_s, why or (
             f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

@@ -11,6 +11,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from service.app import create_app
+from service.bodies import Bodies
 from service.http_server import DRAIN_LIMIT_S
 from service.repository import Repository
 from service.runtime import place
@@ -200,7 +201,7 @@ def test_the_end_is_waited_for(manifest: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("manifest", environments())
 def test_what_may_wait_fits_beside_the_model(manifest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requested memory, the queue at its fullest, and two bodies on their way stay under the limit."""
+    """Requested memory, the queue at its fullest, all that may be half read and one body stay under the limit."""
     for name, value in environments()[manifest].items():
         monkeypatch.setenv(name, value)
     settings = Settings()
@@ -209,7 +210,9 @@ def test_what_may_wait_fits_beside_the_model(manifest: str, monkeypatch: pytest.
     else:
         resources = CONTAINERS[manifest]["resources"]
         requested, limit = (size_bytes(resources[kind]["memory"]) for kind in ("requests", "limits"))
-    assert requested + settings.workers * (settings.max_queue_bytes + 2 * settings.body_limit_bytes) <= limit
+    bodies = Bodies(max_bytes=settings.max_reading_bytes, body_limit_bytes=settings.body_limit_bytes)
+    waiting = settings.max_queue_bytes + bodies.max_bytes + settings.body_limit_bytes
+    assert requested + settings.workers * waiting <= limit
 
 
 def test_kubernetes_objects_mean_each_other() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -20,6 +21,30 @@ from tests.conftest import Serve, Serving
 pytestmark = pytest.mark.e2e
 
 CLIENTS = 12
+
+ROOT = Path(__file__).parent.parent.parent
+NEVER, SLOWLY = 666, 333
+STUCK = f"""
+import time
+from service import coalescing, http_server, runtime
+
+http_server.DRAIN_LIMIT_S = 2.0
+run, init = runtime.OnnxRuntime.run, coalescing.Coalescer.__init__
+
+def stuck(self, tensors):
+    for amount, run_s in (({NEVER}, 1000.0), ({SLOWLY}, 1.0)):
+        if any((tensor == amount).any() for tensor in tensors):
+            time.sleep(run_s)
+    return run(self, tensors)
+
+def in_threads(self, runtime, **said):
+    init(self, runtime, **{{**said, "inline_rows": 0}})
+
+runtime.OnnxRuntime.run = stuck
+coalescing.Coalescer.__init__ = in_threads
+"""
+"""What Python does at the start of each process: for one amount the engine never comes back, for another it takes long;
+and the end is not waited for as long as it is."""
 
 
 class Client(threading.Thread):
@@ -122,3 +147,23 @@ def test_ctrl_c_does_not_wait(serve: Serve, tmp_path: Path) -> None:
     start = time.monotonic()
     assert serving.stop() == 0
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(("amount", "code"), [(NEVER, 1), (SLOWLY, 0)], ids=["never", "slowly"])
+def test_an_engine_that_does_not_come_back_does_not_keep_the_process(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str, amount: int, code: int
+) -> None:
+    """It ends by itself, says why, and not with 0; one that only takes long is waited for, for a while."""
+    (tmp_path / "sitecustomize.py").write_text(STUCK)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    write_table_bundle(tmp_path / "models")
+    serving = serve(tmp_path / "models", "--workers", workers, "--shutdown-delay-s", "0", "--timeout-s", "0.2")
+    assert httpx.post(f"{serving.address}/predict", json={**SAMPLE, "amount": amount}).status_code == 504
+    start = time.monotonic()
+    serving.process.send_signal(signal.SIGTERM)
+    said, _ = serving.process.communicate(timeout=20)
+    assert serving.process.returncode == code, said
+    assert time.monotonic() - start < 8
+    assert ("a model is still being computed or admitted" in said) == (code == 1)
+    assert ("1 of the workers ended without finishing" in said) == (code == 1 and workers == "2")

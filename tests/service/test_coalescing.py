@@ -543,6 +543,57 @@ def test_a_larger_request_than_the_queue_holds_is_served_when_nobody_waits() -> 
     asyncio.run(scenario())
 
 
+def test_who_has_little_time_hears_at_once_that_it_is_over() -> None:
+    """While the engine is busy, and though nobody looks; who has more time is still answered."""
+    runtime = FakeRuntime(run_s=0.3)
+    told_s: dict[float, float] = {}
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=1, inline_rows=0)
+        start_ns = time.perf_counter_ns()
+
+        def submit(rows: Accepted, timeout_s: float) -> None:
+            def tell(computed: Computed) -> None:
+                assert isinstance(computed.error, DeadlineExceeded)
+                told_s[timeout_s] = (time.perf_counter_ns() - start_ns) / 1e9
+
+            coalescer.submit(rows, tell, expires_ns=start_ns + int(timeout_s * 1e9))
+
+        submit(accepted(1), 0.1)
+        await asyncio.to_thread(runtime.started.wait)
+        patient = submitted(coalescer, accepted(2), expires_ns=start_ns + 60_000_000_000)
+        for timeout_s in (0.15, 0.05, 0.2):
+            submit(accepted(3), timeout_s)
+        await patient
+        assert coalescer._alarm is None
+
+    asyncio.run(scenario())
+    assert sorted(told_s) == [0.05, 0.1, 0.15, 0.2]
+    for timeout_s, heard_s in told_s.items():
+        assert timeout_s <= heard_s < timeout_s + 0.04
+    assert runtime.batches == [1, 1]
+
+
+def test_for_who_has_time_enough_no_timer_is_set() -> None:
+    """As for all who do not say how much they have."""
+
+    async def scenario() -> None:
+        runtime = FakeRuntime(run_s=0.05)
+        coalescer = Coalescer(runtime, max_rows=1, inline_rows=0)
+        plenty_ns = time.perf_counter_ns() + 30_000_000_000
+        waiting = [
+            submitted(coalescer, accepted(i), expires_ns=expires_ns) for i, expires_ns in [(1, plenty_ns), (2, None)]
+        ]
+        await asyncio.to_thread(runtime.started.wait)
+        assert coalescer._alarm is None
+        waiting.append(submitted(coalescer, accepted(3), expires_ns=time.perf_counter_ns() + 1_000_000_000))
+        assert coalescer._alarm is not None
+        await asyncio.gather(*waiting)
+        assert coalescer._alarm is None
+
+    asyncio.run(scenario())
+
+
 def test_a_stuck_engine_keeps_nobody_waiting_beyond_the_deadline() -> None:
     """The one that runs and the one that waits are told; when the engine comes back, nobody is told twice."""
     runtime = FakeRuntime(run_s=0.1)

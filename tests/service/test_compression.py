@@ -15,13 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import BodyTooLarge, MalformedCompression, UnsupportedEncoding
-from service.protocol.compression import WORTH_BYTES, Encoding, accepted, compressed, decompressed
+from service.protocol.compression import PIECE_BYTES, WORTH_BYTES, Encoding, accepted, compressed, unpacked
 from service.repository import Repository
 from service.settings import Settings
 from tests.asking import JSON_LENGTH, ask, binary_message, identity_model, loaded, save
 from tests.bundles import SAMPLE, write_table_bundle
 
 LIMIT = 10_000
+
+
+def decompressed(body: bytes, encoding: bytes, *, limit_bytes: int) -> bytes:
+    """All pieces."""
+    return b"".join(unpacked(body, encoding, limit_bytes=limit_bytes))
+
+
 ENCODINGS: list[Encoding] = ["gzip", "deflate"]
 PACK: dict[str, Callable[..., bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
 UNPACK: dict[str, Callable[..., bytes]] = {"gzip": gzip.decompress, "deflate": zlib.decompress}
@@ -64,6 +71,22 @@ def test_the_limit_is_of_what_comes_out(encoding: Encoding, size: int) -> None:
     else:
         with pytest.raises(BodyTooLarge, match=f"larger than {LIMIT} bytes"):
             decompressed(body, encoding.encode(), limit_bytes=LIMIT)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("noise", [0, 1, PIECE_BYTES - 1, PIECE_BYTES, 2 * PIECE_BYTES + 1], ids=str)
+@pytest.mark.parametrize("zeros", [0, 1, PIECE_BYTES - 1, PIECE_BYTES, 2 * PIECE_BYTES + 1], ids=str)
+def test_a_large_one_comes_in_pieces(encoding: Encoding, noise: int, zeros: int) -> None:
+    """What hardly shrinks and what vanishes; no piece is large, and none is empty."""
+    content = np.random.default_rng(1).bytes(noise) + bytes(zeros)
+    pieces = [*unpacked(PACK[encoding](content, 1), encoding.encode(), limit_bytes=len(content))]
+    assert b"".join(pieces) == content
+    assert all(0 < len(piece) <= PIECE_BYTES for piece in pieces)
+    if content:
+        with pytest.raises(BodyTooLarge):
+            decompressed(PACK[encoding](content, 1), encoding.encode(), limit_bytes=len(content) - 1)
+    with pytest.raises(MalformedCompression):
+        decompressed(PACK[encoding](content, 1) + b"x", encoding.encode(), limit_bytes=len(content))
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,7 +26,7 @@ from service import http_server
 from service.app import create_app
 from service.asgi import Application
 from service.coalescing import Coalescer
-from service.connection import BEGIN_S, KEEP_ALIVE_S, LAST_REQUEST_S, RATE_BYTES_S, UNREAD_S
+from service.connection import BEGIN_S, KEEP_ALIVE_S, LAST_REQUEST_S, RATE_BYTES_S, UNREAD_S, Connection
 from service.large_body import LARGE_BODY_BYTES, place_for
 from service.protocol import v2
 from service.repository import Entry, Repository, load
@@ -122,6 +123,7 @@ def fresh(served: Served, caplog: pytest.LogCaptureFixture) -> Iterator[Served]:
     served.by_asgi.clear()
     served.in_place_bytes = 0
     yield served
+    served.until(lambda: served.app.bodies.held_bytes == 0)  # whatever became of them
     assert errors(caplog) == []
 
 
@@ -129,18 +131,22 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def of_all(repository: Repository, body_limit_bytes: int = LIMIT_BYTES) -> Application:
-    return create_app(repository, Settings(body_limit_bytes=body_limit_bytes))
+def of_all(repository: Repository, body_limit_bytes: int = LIMIT_BYTES, **said: int) -> Application:
+    return create_app(repository, Settings(body_limit_bytes=body_limit_bytes, **said))  # type: ignore[arg-type]
 
 
-def with_runtime(repository: Repository, runtime: Runtime) -> Application:
+def with_runtime(
+    repository: Repository, runtime: Runtime, body_limit_bytes: int = LIMIT_BYTES, **said: int
+) -> Application:
     """An application whose model `norm` is computed by another runtime, in a thread."""
     live = repository.live("norm")
     live = replace(live, coalescer=Coalescer(runtime, max_rows=64, inline_rows=0, statistics=live.statistics))
     entry = Entry(name="norm", version="1", state="READY", live=live)
     settings = Settings(
-        body_limit_bytes=LIMIT_BYTES, timeout_s=0
-    )  # what a test holds is no measure of what others take
+        body_limit_bytes=body_limit_bytes,
+        timeout_s=0,  # what a test holds is no measure of what others take
+        **said,  # type: ignore[arg-type]
+    )
     return create_app(Repository([entry], path=Path(), placement=place("cpu"), settings=settings), settings)
 
 
@@ -1052,6 +1058,152 @@ def test_who_asks_and_does_not_read_is_given_little(narrow: Served, repository: 
         wanted = computed(repository, "wide", np.array([[3]], dtype=np.float32))
         for _ in range(30):
             assert blob(client.answer()) == wanted
+
+
+def held_bytes(served: Served) -> int:
+    return served.inside(lambda: served.app.bodies.held_bytes)
+
+
+PACKED_IMAGE = Ask(IMAGE.path, gzip.compress(IMAGE.body, 1), [*IMAGE.headers, ("content-encoding", "gzip")])
+
+
+@pytest.mark.parametrize("content", [IMAGE.declared(), IMAGE.chunked()], ids=["short", "asgi"])
+def test_bodies_that_are_half_here_take_so_much_and_no_more(repository: Repository, loop: Loop, content: bytes) -> None:
+    """Who would need more is told to come again; those who were there are answered, and then there is room for it."""
+    most_bytes = 2 * LIMIT_BYTES
+    wanted = computed(repository, "image", image())
+    nearly = most_bytes % 500_000
+    with (
+        serving(of_all(repository, max_reading_bytes=most_bytes), loop=loop) as served,
+        ExitStack() as open_clients,
+    ):
+        clients = [open_clients.enter_context(served.connect()) for _ in range(4)]
+        for client in clients:
+            client.send_apart(content[:500_000])
+        one_more = open_clients.enter_context(served.connect())
+        one_more.send_apart(content[: nearly - 10_000])
+        assert most_bytes - 30_000 < held_bytes(served) <= most_bytes
+        one_more.send_apart(content[nearly - 10_000 : nearly + 10_000])
+        refused = one_more.answer()
+        assert is_refused(refused, 429, "server_full")
+        assert refused["retry-after"] == "1"
+        assert one_more.rest() == b""
+        with served.connect() as small:
+            assert small.ask(SMALL.declared()).status == 200  # there is room for who is not read in parts
+            assert small.ask(SMALL.chunked()).status == 200
+        for client in clients:
+            client.send(content[500_000:])
+            assert blob(client.answer()) == wanted
+        assert held_bytes(served) == 0
+        for client in clients:
+            client.send_apart(content[:500_000])
+        assert held_bytes(served) > 4 * 490_000
+        clients[0].leave()
+        clients[1].leave(abruptly=True)
+        served.until_connections(2)
+        served.until(lambda: served.app.bodies.held_bytes < 2 * 510_000)
+        with served.connect() as another:
+            another.send_apart(content[:500_000], content[500_000:])
+            assert blob(another.answer()) == wanted
+        served.pass_s(3600)
+        for client in clients[2:]:
+            assert is_refused(client.answer(), 408, "request_too_slow")
+        served.until(lambda: served.app.bodies.held_bytes == 0)
+
+
+def test_small_bodies_in_parts_are_counted_too(repository: Repository, loop: Loop) -> None:
+    """Ten thousand of them would be as much as a few large ones."""
+    whole = sample(SMALL.body + b" " * 60_000).declared()
+    with serving(of_all(repository, 2**16), loop=loop) as served, ExitStack() as open_clients:
+        served.app.bodies.max_bytes = 2**18
+        clients = [open_clients.enter_context(served.connect()) for _ in range(4)]
+        for client in clients:
+            client.send_apart(whole[:60_000])
+        with served.connect() as one_more:
+            one_more.send_apart(whole[:10_000])
+            assert one_more.hears_nothing
+            one_more.send_apart(whole[10_000:40_000])
+            assert is_refused(one_more.answer(), 429, "server_full")
+        for client in clients:
+            client.send(whole[60_000:])
+            assert client.answer().status == 200
+        assert held_bytes(served) == 0
+
+
+def test_what_a_packed_body_unpacks_to_is_counted(repository: Repository, loop: Loop) -> None:
+    """It is small when it comes, and refused for what it becomes."""
+    noise = np.random.default_rng(1).bytes(3000).hex().encode()
+    named = b'{"id": "' + noise + b'", ' + tensors().body[1:] + b" " * (LIMIT_BYTES - 10_000)
+    packed = Ask(tensors().path, gzip.compress(named), [JSON, ("content-encoding", "gzip")])
+    assert 2048 < len(packed.body) < 10_000
+    half = IMAGE.declared()[:600_000]
+    with (
+        serving(of_all(repository, max_reading_bytes=2 * LIMIT_BYTES), loop=loop) as served,
+        ExitStack() as open_clients,
+    ):
+        for _ in range(3):
+            open_clients.enter_context(served.connect()).send_apart(half)
+        with served.connect() as one_more:
+            assert is_refused(one_more.ask(packed.declared()), 429, "server_full")
+        open_clients.close()
+        served.until_connections(0)
+        with served.connect() as one_more:
+            assert one_more.ask(packed.declared()).said["id"] == noise.decode()
+
+
+@pytest.mark.parametrize(
+    "content", [IMAGE.declared(), IMAGE.chunked(), PACKED_IMAGE.declared()], ids=["short", "asgi", "packed"]
+)
+def test_one_body_of_the_largest_size_is_read_whatever_the_limit(
+    repository: Repository, loop: Loop, content: bytes
+) -> None:
+    with serving(of_all(repository, max_reading_bytes=1), loop=loop) as served, served.connect() as client:
+        client.send_apart(content[:400_000], content[400_000:500_000], content[500_000:])
+        assert client.answer().status == 200
+        assert held_bytes(served) == 0
+
+
+def test_bodies_that_wait_for_their_turn_are_counted(repository: Repository, loop: Loop) -> None:
+    """Behind a slow model; who has too many of them is answered what it is owed, and has to go."""
+    runtime = Held()
+    waiting = sample(b" " * 15_000).declared()
+    with (
+        serving(with_runtime(repository, runtime, 2**14, max_reading_bytes=1), loop=loop) as served,
+        served.connect() as client,
+        served.connect() as other,
+    ):
+        client.send_apart(few(1) + 2 * waiting)
+        runtime.wait_until_it_runs()
+        assert held_bytes(served) == 2 * 15_000
+        other.send_apart(few(2), waiting[:10_000])
+        runtime.let_go.set()
+        assert [client.answer().status for _ in range(3)] == [200, 404, 404]
+        assert other.answer()["connection"] == "close"
+        assert other.rest() == b""
+        served.until(lambda: served.app.bodies.held_bytes == 0)
+
+
+def test_who_sends_many_requests_is_read_as_fast_as_it_is_answered(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read beyond the request that is answered is a packet, and does not grow with each answer."""
+    most = 0
+    answered = Connection.on_response_complete
+
+    def noted(connection: Connection) -> None:
+        nonlocal most
+        answered(connection)
+        most = max(most, len(connection.pipeline))
+
+    monkeypatch.setattr(Connection, "on_response_complete", noted)
+    one = message("/v2/health/live", b"", [("x-padding", "x" * 2000)], method="GET")
+    count = 1500
+    with served.connect() as client:
+        sending = threading.Thread(target=client.send, args=[one * count])
+        sending.start()
+        assert {client.answer().status for _ in range(count)} == {200}
+        sending.join()
+    assert 0 < most < 2 * 2**18 / len(one)
 
 
 @given(size=st.integers(0, 200_000), json_bytes=st.integers(0, 5000))
