@@ -1,6 +1,7 @@
 """Bodies compressed with gzip or deflate, both ways.
 
-`deflate` is the zlib format (RFC 9110, section 8.4.1.2). A compressed body may not grow beyond the limit for bodies.
+`deflate` is the zlib format (RFC 9110, section 8.4.1.2). A gzip body is one member or several, whose contents belong
+together (RFC 1952, section 2.2). A compressed body may not grow beyond the limit for bodies.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 import zlib
 from typing import Literal
 
-from service.errors import BodyTooLarge, MalformedCompression, UnsupportedEncoding
+from service.errors import BadRequest, BodyTooLarge, MalformedCompression, UnsupportedEncoding
 
 Encoding = Literal["gzip", "deflate"]
 
@@ -19,6 +20,13 @@ WORTH_BYTES = 1024
 
 LEVEL = 1
 """Numbers hardly shrink further at a higher one, and take several times as long."""
+
+MOST_MEMBERS = 4096
+"""More than a body has that was compressed in blocks of 64 KiB (bgzip); an empty one takes 20 bytes, and a new
+state of the decompressor."""
+
+_PIECE_BYTES = 64 * 1024
+"""What follows a member is copied, as far as it was shown."""
 
 _WINDOW: dict[Encoding, int] = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _ACCEPTED = re.compile(r"\s*(?P<coding>[^\s;,]+)\s*(?:;\s*q\s*=\s*(?P<q>[0-9.]+)\s*)?")
@@ -32,6 +40,7 @@ def decompressed(body: bytes, encoding: bytes, *, limit_bytes: int) -> bytes:
     Raises:
         UnsupportedEncoding: it is neither gzip, deflate nor identity.
         MalformedCompression: the body is not that, is cut short, or goes on after its end.
+        BadRequest: it has too many members.
         BodyTooLarge: uncompressed it has more bytes than the limit.
     """
     match encoding.strip().lower():
@@ -43,16 +52,28 @@ def decompressed(body: bytes, encoding: bytes, *, limit_bytes: int) -> bytes:
             name = "deflate"
         case other:
             raise UnsupportedEncoding(other.decode("latin-1"))
-    reader = zlib.decompressobj(wbits=_WINDOW[name])
-    try:
-        content = reader.decompress(body, limit_bytes + 1)
-    except zlib.error as error:
-        raise MalformedCompression(encoding=name) from error
-    if len(content) > limit_bytes:
-        raise BodyTooLarge(limit_bytes=limit_bytes)
-    if not reader.eof or reader.unused_data:
+    contents: list[bytes] = []
+    left_bytes = limit_bytes
+    at = 0
+    for _ in range(MOST_MEMBERS if name == "gzip" else 1):
+        reader = zlib.decompressobj(wbits=_WINDOW[name])
+        while not reader.eof:
+            piece = memoryview(body)[at : at + _PIECE_BYTES]
+            if not piece:
+                raise MalformedCompression(encoding=name)
+            try:
+                contents.append(reader.decompress(piece, left_bytes + 1))
+            except zlib.error as error:
+                raise MalformedCompression(encoding=name) from error
+            left_bytes -= len(contents[-1])
+            if left_bytes < 0:
+                raise BodyTooLarge(limit_bytes=limit_bytes)
+            at += len(piece) - len(reader.unused_data)
+        if at == len(body):
+            return b"".join(contents)
+    if name == "deflate":
         raise MalformedCompression(encoding=name)
-    return content
+    raise BadRequest(f"the body has more than {MOST_MEMBERS} gzip members; compress it as one")
 
 
 def accepted(accept_encoding: bytes) -> Encoding | None:
