@@ -177,12 +177,13 @@ class Signature(_Value):
 
     @cached_property
     def float_rows(self) -> tuple[tuple[str, list[int]], ...] | None:
-        """Each input's name and the shape of a row, if all are FP32 and of fixed shape but for the batch, and JSON can
-        hold every output; else None."""
+        """Each input's name and the shape of a row, if all are FP32, not empty, and of fixed shape but for the batch,
+        and JSON can hold every output; else None."""
         if any(spec.datatype == "FP16" for spec in self.outputs):
             return None
-        if any(spec.datatype != "FP32" or spec.shape[0] != -1 or -1 in spec.shape[1:] for spec in self.inputs):
-            return None
+        for spec in self.inputs:
+            if spec.datatype != "FP32" or spec.shape[0] != -1 or min(spec.shape[1:], default=1) < 1:
+                return None
         return tuple((spec.name, list(spec.shape[1:])) for spec in self.inputs)
 
     def example(self) -> dict[str, float | str | None]:

@@ -49,6 +49,9 @@ from service.repository import Live
 from service.signature import Accepted, Signature, TensorSpec, accept_tensors, fits
 
 MAX_ELEMENTS = 2**31
+MAX_EMPTY = 2**16
+"""So many elements a tensor without any may have beside its axis of no length: a body of a few bytes says any number of
+such rows, and the model computes an answer for each."""
 MAX_AXES = 32
 
 BINARY_SIZE = "binary_data_size"
@@ -246,8 +249,9 @@ def _tensor(spec: TensorSpec, tensor: Mapping[str, Any], blobs: _Blobs) -> NDArr
         raise WrongType(what=f"the shape of input '{spec.name}'", got=shape, want="a list of non-negative integers")
     if len(shape) > MAX_AXES:  # so many are not even multiplied: that takes the square of their number
         raise ShapeMismatch(tensor=spec.name, got=f"{len(shape)} axes", want=str(list(spec.shape)))
-    if math.prod([max(axis, 1) for axis in shape]) > MAX_ELEMENTS:  # an axis of no length hides one of absurd length
-        raise ShapeMismatch(tensor=spec.name, got=f"shape {shape}, too many elements", want=str(list(spec.shape)))
+    if math.prod([max(axis, 1) for axis in shape]) > (MAX_EMPTY if 0 in shape else MAX_ELEMENTS):
+        too = "too large for a tensor without values" if 0 in shape else "too many elements"
+        raise ShapeMismatch(tensor=spec.name, got=f"shape {shape}, {too}", want=str(list(spec.shape)))
     size = _parameters(tensor, f"input '{spec.name}'").get(BINARY_SIZE)
     data = tensor.get("data")
     if size is not None:

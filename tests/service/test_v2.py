@@ -456,6 +456,10 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("norm", request(tensor(shape=[1, 2, 3])), "shape_mismatch", "shape [1, 2, 3]; the model takes [-1, 3]"),
     ("norm", request(tensor(shape=[], data=[1])), "shape_mismatch", "the model takes [-1, 3]"),
     ("norm", request(tensor(shape=[0, 3], data=[])), "bad_request", "has no rows; send at least one"),
+    *(
+        ("open", request(tensor(shape=shape, datatype="FP64", data=[])), "shape_mismatch", "too large for a")
+        for shape in ([2**31, 0], [2**16 + 1, 0], [0, 2**16 + 1])
+    ),
     ("fixed", request(tensor(shape=[1, 3], data=[1, 2, 3])), "shape_mismatch", "the model takes [2, 3]"),
     (
         "two",
