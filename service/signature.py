@@ -52,6 +52,8 @@ ECHO_LENGTH = 200
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
+_FLOAT = struct.Struct("=f")  # "=" raises OverflowError where the nearest float32 would be infinite
+
 # Open Inference Protocol datatype -> NumPy dtype. BYTES is a string tensor and has no fixed size.
 DATATYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -219,7 +221,7 @@ class SampleReader:
             }
             for feature in signature.categorical
         }
-        self._floats = struct.Struct(f"={len(self._continuous)}f")  # "=" raises OverflowError
+        self._floats = struct.Struct(f"={len(self._continuous)}f")  # as _FLOAT
         self._tensor_order = tuple(tensor.name for tensor in signature.inputs)
 
     def accept(self, sample: object) -> Accepted:
@@ -303,11 +305,15 @@ def _number(feature: ContinuousFeature, value: object) -> float:
         return feature.missing
     if type(value) is not float and type(value) is not int:  # bool is an int to isinstance, but not a number in JSON
         raise WrongType(what=f"feature '{feature.name}'", got=value, want=feature.wanted)
-    if not -FLOAT32_MAX <= value <= FLOAT32_MAX:  # also catches NaN, which compares false
-        raise OutOfRange(
-            what=f"feature '{feature.name}'", got=_short(value), want="a finite number that fits 32-bit floating point"
-        )
-    return float(value)
+    try:
+        if math.isfinite(value):
+            _FLOAT.pack(value)
+            return float(value)
+    except OverflowError:
+        pass
+    raise OutOfRange(
+        what=f"feature '{feature.name}'", got=_short(value), want="a finite number that fits 32-bit floating point"
+    )
 
 
 def _short(value: float) -> str:
