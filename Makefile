@@ -2,12 +2,13 @@
 
 PYTHON ?= python3
 PORT ?= 8000
+EXAMPLES ?= 100000
 SERVE := .venv-serve
 DEV := .venv
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-fast test-e2e check bench soak lock image-test clean
+.PHONY: help serve demo test test-fast test-e2e check bench soak fuzz lock image-test clean
 
 help: ## What there is to do
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +43,9 @@ bench: $(DEV)/installed ## What is claimed, measured
 
 soak: $(DEV)/installed ## Half an hour of everything at once: broken requests, new versions, kills, bursts
 	$(DEV)/bin/python -m benchmarks.soak
+
+fuzz: $(DEV)/installed ## Damaged requests for the parsers, others every time (EXAMPLES=100000 of each kind)
+	FUZZ_EXAMPLES=$(EXAMPLES) $(DEV)/bin/python -m pytest -n auto tests/service/test_fuzz_*.py
 
 image-test: ## Build the container image, start it, predict from outside, print its size
 	deploy/image-test

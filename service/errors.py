@@ -49,9 +49,10 @@ The sentence names what, got, wanted, and what to do. A test compares this drawi
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
 
 
 class EvalmodeError(Exception):
@@ -212,7 +213,8 @@ class DatatypeMismatch(BadRequest):
 
     def __init__(self, *, tensor: str, got: object, want: str) -> None:
         datatype = clipped(got) if isinstance(got, str) else describe(got)
-        super().__init__(f"input '{tensor}' has datatype {datatype}; the model takes {want}")
+        has = "no datatype" if got is ABSENT else f"datatype {datatype}"
+        super().__init__(f"input '{tensor}' has {has}; the model takes {want}")
 
 
 class ShapeMismatch(BadRequest):
@@ -442,8 +444,17 @@ class Internal(RequestError):
         super().__init__("the server failed; the log has the reason under this request id")
 
 
+ABSENT: Final = object()
+"""What stands under a key that is not there; null is something else."""
+
+_SHOWN = 60
+"""Characters of a list or an object, of which the rest is not even written."""
+
+
 def describe(value: object) -> str:
-    """A JSON value in words, short enough for a sentence: `the string 'abc'`, `null`, `an object`."""
+    """A JSON value in words, short enough for a sentence: `the string 'abc'`, `null`, `the list [2, -3]`, `missing`."""
+    if value is ABSENT:
+        return "missing"
     match value:
         case None:
             return "null"
@@ -454,11 +465,21 @@ def describe(value: object) -> str:
         case str():
             return f"the string '{clipped(value)}'"
         case list():
-            return f"a list of {len(value)}"
+            return f"the list {_beginning(value)}"
         case dict():
-            return f"an object of {len(value)}"
+            return f"the object {_beginning(value)}"
         case _:
             return f"a {type(value).__name__}"
+
+
+def _beginning(value: object) -> str:
+    """The JSON of a list or an object, written until it is long enough."""
+    written = ""
+    for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+        written += part
+        if len(written) > _SHOWN:
+            break
+    return clipped(written, _SHOWN)
 
 
 def clipped(text: str, length: int = 80) -> str:

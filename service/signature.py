@@ -52,6 +52,8 @@ ECHO_LENGTH = 200
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
+_FLOAT = struct.Struct("=f")  # "=" raises OverflowError where the nearest float32 would be infinite
+
 # Open Inference Protocol datatype -> NumPy dtype. BYTES is a string tensor and has no fixed size.
 DATATYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -177,12 +179,13 @@ class Signature(_Value):
 
     @cached_property
     def float_rows(self) -> tuple[tuple[str, list[int]], ...] | None:
-        """Each input's name and the shape of a row, if all are FP32 and of fixed shape but for the batch, and JSON can
-        hold every output; else None."""
+        """Each input's name and the shape of a row, if all are FP32, not empty, and of fixed shape but for the batch,
+        and JSON can hold every output; else None."""
         if any(spec.datatype == "FP16" for spec in self.outputs):
             return None
-        if any(spec.datatype != "FP32" or spec.shape[0] != -1 or -1 in spec.shape[1:] for spec in self.inputs):
-            return None
+        for spec in self.inputs:
+            if spec.datatype != "FP32" or spec.shape[0] != -1 or min(spec.shape[1:], default=1) < 1:
+                return None
         return tuple((spec.name, list(spec.shape[1:])) for spec in self.inputs)
 
     def example(self) -> dict[str, float | str | None]:
@@ -218,7 +221,7 @@ class SampleReader:
             }
             for feature in signature.categorical
         }
-        self._floats = struct.Struct(f"={len(self._continuous)}f")  # "=" raises OverflowError
+        self._floats = struct.Struct(f"={len(self._continuous)}f")  # as _FLOAT
         self._tensor_order = tuple(tensor.name for tensor in signature.inputs)
 
     def accept(self, sample: object) -> Accepted:
@@ -302,11 +305,15 @@ def _number(feature: ContinuousFeature, value: object) -> float:
         return feature.missing
     if type(value) is not float and type(value) is not int:  # bool is an int to isinstance, but not a number in JSON
         raise WrongType(what=f"feature '{feature.name}'", got=value, want=feature.wanted)
-    if not -FLOAT32_MAX <= value <= FLOAT32_MAX:  # also catches NaN, which compares false
-        raise OutOfRange(
-            what=f"feature '{feature.name}'", got=_short(value), want="a finite number that fits 32-bit floating point"
-        )
-    return float(value)
+    try:
+        if math.isfinite(value):
+            _FLOAT.pack(value)
+            return float(value)
+    except OverflowError:
+        pass
+    raise OutOfRange(
+        what=f"feature '{feature.name}'", got=_short(value), want="a finite number that fits 32-bit floating point"
+    )
 
 
 def _short(value: float) -> str:

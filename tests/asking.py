@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from service.app import create_app
 from service.asgi import Application
+from service.protocol.compression import unpacked
 from service.repository import Repository, load
 from service.runtime import place
 from service.settings import Settings
@@ -102,6 +103,11 @@ def binary_answer(response: httpx.Response) -> tuple[dict[str, Any], dict[str, b
             size += len(blobs[output["name"]])
     assert size == len(response.content)
     return said, blobs
+
+
+def decompressed(body: bytes, encoding: bytes, *, limit_bytes: int) -> bytes:
+    """All pieces of a body, see `unpacked`."""
+    return b"".join(unpacked(body, encoding, limit_bytes=limit_bytes))
 
 
 def identity_model(shapes: Mapping[str, tuple[Datatype, list[Any]]]) -> onnx.ModelProto:

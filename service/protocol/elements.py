@@ -57,12 +57,14 @@ def from_json(spec: TensorSpec, data: list[Any], shape: Sequence[int]) -> NDArra
     allowed, plural = _JSON_TYPES[spec.dtype.kind]
     if not types <= allowed:
         i = next(i for i, value in enumerate(data) if type(value) not in allowed)
+        if plural == "integers" and type(data[i]) is float and not -(2.0**63) < data[i] < 2.0**64:
+            raise _out_of_range(spec, i, data[i])  # a parser makes a float of an integer of more than 64 bits
         raise WrongType(what=f"value {i} of input '{spec.name}'", got=data[i], want=f"{plural} ({spec.datatype})")
     check_count(spec, len(data), shape)
     try:
         array = from_floats(data) if spec.datatype == "FP32" else np.array(data, dtype=spec.dtype)
     except OverflowError:
-        raise _out_of_range(spec, data) from None
+        raise _first_out_of_range(spec, data) from None
     return array.reshape(shape)
 
 
@@ -91,7 +93,7 @@ def from_numbers(spec: TensorSpec, numbers: NDArray[Any], shape: Sequence[int]) 
         fits = not numbers.size or bool(low <= int(numbers.min()) and int(numbers.max()) <= high)
         array = numbers.astype(dtype, copy=False)
     if not fits:
-        raise _out_of_range(spec, numbers.tolist())
+        raise _first_out_of_range(spec, numbers.tolist())
     return array.reshape(shape)
 
 
@@ -196,12 +198,17 @@ def _texts(spec: TensorSpec, content: memoryview, count: int) -> list[str]:
     return texts
 
 
-def _out_of_range(spec: TensorSpec, values: list[Any]) -> OutOfRange:
+def _first_out_of_range(spec: TensorSpec, values: list[Any]) -> OutOfRange:
     low, high = _limits(spec.dtype)
     i = next((i for i, value in enumerate(values) if not low <= value <= high), 0)
+    return _out_of_range(spec, i, values[i])
+
+
+def _out_of_range(spec: TensorSpec, i: int, value: float) -> OutOfRange:
+    low, high = _limits(spec.dtype)
     return OutOfRange(
         what=f"value {i} of input '{spec.name}'",
-        got=clipped(str(values[i]), 40),
+        got=clipped(str(value), 40),
         want=f"{spec.datatype} from {low} to {high}",
     )
 

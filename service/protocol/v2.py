@@ -24,6 +24,7 @@ import orjson
 from numpy.typing import NDArray
 
 from service.errors import (
+    ABSENT,
     BadRequest,
     DatatypeMismatch,
     MalformedBinary,
@@ -49,6 +50,9 @@ from service.repository import Live
 from service.signature import Accepted, Signature, TensorSpec, accept_tensors, fits
 
 MAX_ELEMENTS = 2**31
+MAX_EMPTY = 2**16
+"""So many elements a tensor without any may have beside its axis of no length: a body of a few bytes says any number of
+such rows, and the model computes an answer for each."""
 MAX_AXES = 32
 
 BINARY_SIZE = "binary_data_size"
@@ -181,7 +185,7 @@ def _careful(live: Live, request: Any, blobs: _Blobs) -> InferRequest:
         raise WrongType(what="'id'", got=identifier, want="a string")
     signature = live.admitted.signature
     parameters = _parameters(request, "the request")
-    accepted, batched = _accepted(signature, _tensors(signature, request.get("inputs"), blobs))
+    accepted, batched = _accepted(signature, _tensors(signature, request.get("inputs", ABSENT), blobs))
     return InferRequest(
         live=live,
         accepted=accepted,
@@ -226,7 +230,7 @@ def _tensors(signature: Signature, inputs: object, blobs: _Blobs) -> dict[str, N
     for position, tensor in enumerate(inputs):
         if type(tensor) is not dict:
             raise WrongType(what=f"'inputs[{position}]'", got=tensor, want="an object with name, shape, datatype, data")
-        name = tensor.get("name")
+        name = tensor.get("name", ABSENT)
         if type(name) is not str:
             raise WrongType(what=f"the name of 'inputs[{position}]'", got=name, want="a string")
         if name not in specs:
@@ -239,15 +243,17 @@ def _tensors(signature: Signature, inputs: object, blobs: _Blobs) -> dict[str, N
 
 
 def _tensor(spec: TensorSpec, tensor: Mapping[str, Any], blobs: _Blobs) -> NDArray[Any]:
-    if tensor.get("datatype") != spec.datatype:
-        raise DatatypeMismatch(tensor=spec.name, got=tensor.get("datatype"), want=spec.datatype)
-    shape = tensor.get("shape")
+    datatype = tensor.get("datatype", ABSENT)
+    if datatype != spec.datatype:
+        raise DatatypeMismatch(tensor=spec.name, got=datatype, want=spec.datatype)
+    shape = tensor.get("shape", ABSENT)
     if type(shape) is not list or not all(type(axis) is int and axis >= 0 for axis in shape):
         raise WrongType(what=f"the shape of input '{spec.name}'", got=shape, want="a list of non-negative integers")
     if len(shape) > MAX_AXES:  # so many are not even multiplied: that takes the square of their number
         raise ShapeMismatch(tensor=spec.name, got=f"{len(shape)} axes", want=str(list(spec.shape)))
-    if math.prod([max(axis, 1) for axis in shape]) > MAX_ELEMENTS:  # an axis of no length hides one of absurd length
-        raise ShapeMismatch(tensor=spec.name, got=f"shape {shape}, too many elements", want=str(list(spec.shape)))
+    if math.prod([max(axis, 1) for axis in shape]) > (MAX_EMPTY if 0 in shape else MAX_ELEMENTS):
+        too = "too large for a tensor without values" if 0 in shape else "too many elements"
+        raise ShapeMismatch(tensor=spec.name, got=f"shape {shape}, {too}", want=str(list(spec.shape)))
     size = _parameters(tensor, f"input '{spec.name}'").get(BINARY_SIZE)
     data = tensor.get("data")
     if size is not None:
@@ -260,7 +266,9 @@ def _tensor(spec: TensorSpec, tensor: Mapping[str, Any], blobs: _Blobs) -> NDArr
         check_count(spec, data.size, shape)
         return from_numbers(spec, data, shape)
     raise WrongType(
-        what=f"the data of input '{spec.name}'", got=data, want=f"a list of values, or '{BINARY_SIZE}' beside it"
+        what=f"the data of input '{spec.name}'",
+        got=tensor.get("data", ABSENT),
+        want=f"a list of values, or '{BINARY_SIZE}' beside it",
     )
 
 
@@ -296,9 +304,11 @@ def _all_outputs(signature: Signature, *, binary: bool = False) -> tuple[Wanted,
 
 
 def _one_requested(signature: Signature, i: int, output: object, binary_by_default: bool | None) -> Wanted:
-    name = output.get("name") if type(output) is dict else None
-    if type(output) is not dict or type(name) is not str:
+    if type(output) is not dict:
         raise WrongType(what=f"'outputs[{i}]'", got=output, want="an object with a name")
+    name = output.get("name", ABSENT)
+    if type(name) is not str:
+        raise WrongType(what=f"the name of 'outputs[{i}]'", got=name, want="a string")
     names = [spec.name for spec in signature.outputs]
     if name not in names:
         raise UnknownTensor(kind="output", tensor=name, tensors=names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -14,19 +15,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import BodyTooLarge, MalformedCompression, UnsupportedEncoding
-from service.protocol.compression import PIECE_BYTES, WORTH_BYTES, Encoding, accepted, compressed, unpacked
+from service.errors import BadRequest, BodyTooLarge, MalformedCompression, UnsupportedEncoding
+from service.protocol.compression import (
+    MOST_MEMBERS,
+    PIECE_BYTES,
+    WORTH_BYTES,
+    Encoding,
+    accepted,
+    compressed,
+    unpacked,
+)
 from service.repository import Repository
 from service.settings import Settings
-from tests.asking import JSON_LENGTH, ask, binary_message, identity_model, loaded, save
+from tests.asking import JSON_LENGTH, ask, binary_message, decompressed, identity_model, loaded, save
 from tests.bundles import SAMPLE, write_table_bundle
 
 LIMIT = 10_000
-
-
-def decompressed(body: bytes, encoding: bytes, *, limit_bytes: int) -> bytes:
-    """All pieces."""
-    return b"".join(unpacked(body, encoding, limit_bytes=limit_bytes))
 
 
 ENCODINGS: list[Encoding] = ["gzip", "deflate"]
@@ -112,12 +116,56 @@ def test_a_body_that_is_cut_short_anywhere_is_refused(encoding: Encoding) -> Non
             decompressed(body[:end], encoding.encode(), limit_bytes=LIMIT)
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("rest", [b"\0", b"x", b"{}", gzip.compress(b"more", mtime=0), zlib.compress(b"more")])
+MEMBER = gzip.compress(b"more", mtime=0)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "rest"),
+    [
+        *((encoding, rest) for encoding in ENCODINGS for rest in (b"\0", bytes(512), b"x", zlib.compress(b"more"))),
+        ("gzip", MEMBER + b"\0"),
+        ("gzip", MEMBER[:-1]),
+        ("gzip", MEMBER[:1]),
+        ("deflate", MEMBER),
+    ],
+)
 def test_nothing_may_follow(encoding: Encoding, rest: bytes) -> None:
-    """Not even a second member, which some readers would join and others drop."""
+    """No padding, and no part of something; nor a second stream of deflate, which is one only."""
     with pytest.raises(MalformedCompression):
         decompressed(PACK[encoding](b"abc") + rest, encoding.encode(), limit_bytes=LIMIT)
+
+
+def test_members_of_gzip_belong_together() -> None:
+    """RFC 1952, section 2.2: as bgzip and `cat a.gz b.gz` write them, empty ones too, and of any size."""
+    parts = [b"abc", b"", b"x" * 3000, bytes(range(256)) * 10]
+    body = b"".join(map(gzip.compress, parts))
+    assert decompressed(body, b"gzip", limit_bytes=LIMIT) == b"".join(parts)
+    large = np.random.default_rng(3).bytes(300_000)
+    assert decompressed(gzip.compress(large) * 3, b"gzip", limit_bytes=900_000) == large * 3
+
+
+@pytest.mark.parametrize("sizes", [(LIMIT, 1), (1, LIMIT), (LIMIT - 1, 0, 2), (LIMIT, 50_000_000)])
+def test_the_limit_is_of_all_members_together(sizes: tuple[int, ...]) -> None:
+    body = b"".join(gzip.compress(bytes(size)) for size in sizes)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BodyTooLarge):
+            decompressed(body, b"gzip", limit_bytes=LIMIT)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * LIMIT + 3 * len(body)
+
+
+def test_members_without_end_are_not_read() -> None:
+    """Each costs a new decompressor and holds nothing: a million of them are refused after a few, soon."""
+    empty = gzip.compress(b"")
+    assert decompressed(empty * MOST_MEMBERS, b"gzip", limit_bytes=LIMIT) == b""
+    body = empty * 1_000_000
+    started = time.process_time()
+    with pytest.raises(BadRequest, match=f"more than {MOST_MEMBERS} gzip members; compress it as one"):
+        decompressed(body, b"gzip", limit_bytes=LIMIT)
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

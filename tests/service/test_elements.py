@@ -159,6 +159,14 @@ def test_an_integer_beyond_either_end_is_refused_and_never_wraps(datatype: str) 
 
 
 @pytest.mark.parametrize("datatype", INTEGERS)
+@pytest.mark.parametrize("value", [2.0**64, 1e30, -(2.0**63), -1e30])
+def test_an_integer_of_more_than_64_bits_is_out_of_range_too(datatype: str, value: float) -> None:
+    """A parser hands it on as a float; that float is not taken for one that somebody wrote."""
+    with pytest.raises(OutOfRange, match=re.escape(f"value 1 of input 'x' is {value}, which is out of range")):
+        from_json(spec(datatype), [0, value, 1.5], [3])
+
+
+@pytest.mark.parametrize("datatype", INTEGERS)
 def test_an_integer_that_was_parsed_into_an_array_is_held_to_the_same_ends(datatype: str) -> None:
     """int64 is what a parser makes of signed ones, uint64 of unsigned ones."""
     info = np.iinfo(DATATYPES[datatype])
@@ -215,11 +223,12 @@ WRONG: list[tuple[str, Any, str]] = [
     ("FP64", False, "the boolean false; it takes numbers (FP64)"),
     ("FP32", "1.5", "the string '1.5'; it takes numbers (FP32)"),
     ("FP64", None, "null; it takes numbers (FP64)"),
-    ("FP32", {"a": 1}, "an object of 1; it takes numbers (FP32)"),
+    ("FP32", {"a": 1}, 'the object {"a": 1}; it takes numbers (FP32)'),
     ("BYTES", 1, "the number 1; it takes strings (BYTES)"),
     ("BYTES", True, "the boolean true; it takes strings (BYTES)"),
     ("BYTES", None, "null; it takes strings (BYTES)"),
 ]
+WRONG += [("UINT64", 1e18, "the number 1e+18; it takes integers (UINT64)")]
 _GOOD: dict[str, Any] = {"BOOL": True, "BYTES": "a", "FP32": 0.5, "FP64": 0.5}
 
 

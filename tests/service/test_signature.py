@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_a_sample_becomes_tensors_in_the_order_of_the_features() -> None:
 @pytest.mark.parametrize(
     ("sample", "code", "sentence"),
     [
-        ([SAMPLE], "wrong_type", "the body is a list of 1; it takes one JSON object of named features"),
+        ([SAMPLE], "wrong_type", 'the body is the list [{"age": 41, '),
         (
             {k: v for k, v in SAMPLE.items() if k != "age"},
             "missing_feature",
@@ -64,7 +65,7 @@ def test_a_sample_becomes_tensors_in_the_order_of_the_features() -> None:
         (changed(age="41"), "wrong_type", "feature 'age' is the string '41'; it takes a number"),
         (changed(age=True), "wrong_type", "feature 'age' is the boolean true; it takes a number"),
         (changed(age=None), "wrong_type", "feature 'age' is null; it takes a number"),
-        (changed(age=[41]), "wrong_type", "feature 'age' is a list of 1; it takes a number"),
+        (changed(age=[41]), "wrong_type", "feature 'age' is the list [41]; it takes a number"),
         (changed(amount="much"), "wrong_type", "feature 'amount' is the string 'much'; it takes a number or null"),
         (changed(purpose=2), "wrong_type", "feature 'purpose' is the number 2; it takes one of"),
         (changed(age=1e39), "out_of_range", "feature 'age' is 1e+39, which is out of range"),
@@ -97,6 +98,16 @@ def test_a_hostile_sample_gets_a_short_sentence() -> None:
         READER.accept({**SAMPLE, **{"x" * 10_000 + str(i): 1 for i in range(1000)}, "age": "y" * 10_000})
     assert len(str(caught.value)) < 4000
     assert "does not fit in 12 places" in str(caught.value)  # one age, ten names, and 990 more names
+
+
+@pytest.mark.parametrize("more", [{}, {"amount": None}], ids=["complete", "with a null"])
+def test_a_number_is_rounded_to_the_nearest_float32_up_to_the_greatest(more: dict[str, Any]) -> None:
+    """Whichever way it is read: halfway to what would be the next one is too far."""
+    greatest = float(np.finfo(np.float32).max)
+    for value in (greatest, 3.4028235677973362e38):
+        assert READER.accept(changed(age=value, **more)).tensors[0][0, 0] == greatest
+    with pytest.raises(OutOfRange, match=re.escape("feature 'age' is 3.4028235677973366e+38, which is out of range")):
+        READER.accept(changed(age=3.4028235677973366e38, **more))
 
 
 def test_an_unknown_category_is_served_as_missing_and_said() -> None:
