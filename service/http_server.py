@@ -164,6 +164,7 @@ class Server(uvicorn.Server):
         self._listening.close()
         if self._connecting:
             await asyncio.wait(self._connecting, timeout=CONNECTING_LIMIT_S)
+        await asyncio.sleep(DRAIN_TICK_S)  # what has arrived is read before its connection is taken for an idle one
         for connection in self._connections:
             connection.shutdown()
         end_s = loop.time() + DRAIN_LIMIT_S

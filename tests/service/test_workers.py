@@ -321,6 +321,28 @@ def test_who_came_before_the_end_is_answered() -> None:
     in_a_thread(scenario)
 
 
+def test_a_request_that_has_arrived_at_the_end_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a connection that was idle until then: it was sent, and is not read yet, when the process goes to its end."""
+    request = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            listens = asyncio.Event()
+            server = Server(empty(), listens.set)
+
+            async def until_it_is_asked_again() -> None:
+                client.sendall(request)
+                assert (await asyncio.to_thread(client.recv, 1000)).startswith(b"HTTP/1.1 200")
+                client.sendall(request)
+
+            monkeypatch.setattr(server, "main_loop", until_it_is_asked_again)
+            with socket.create_connection(listening.getsockname()) as client:
+                await server.serve(sockets=[listening.dup()])
+                assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+    in_a_thread(scenario)
+
+
 def test_without_file_descriptors_a_connection_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither is it lost, nor is it tried again and again meanwhile."""
     monkeypatch.setattr(http_server, "EXHAUSTED_PAUSE_S", 0.05)
