@@ -90,9 +90,15 @@ def keep(folder: Path | None, aliases: Aliases) -> bool:
     """Write them into a model's folder; whether that could be done."""
     if folder is None:
         return False
+    file = folder / FILE
     try:
-        write_whole(folder / FILE, json.dumps(dict(sorted(aliases.items())), indent=2).encode() + b"\n")
+        write_whole(file, json.dumps(dict(sorted(aliases.items())), indent=2).encode() + b"\n")
     except OSError as error:
-        _log.warning("aliases of model '%s' hold until the service ends: %s", folder.name, error.strerror or error)
+        _log.warning(
+            "aliases of model '%s' hold until the service ends: '%s' cannot be written: %s",
+            folder.name,
+            file,
+            error.strerror or error,
+        )
         return False
     return True

@@ -18,8 +18,15 @@ def write_whole(path: Path, content: bytes, *, mode: int = 0o644) -> None:
         mode: who may read it; by default everybody, as another user serves it.
 
     Raises:
-        OSError: the disk is full or the folder is not writable; `path` is then unchanged.
+        OSError: the disk is full or the folder is not writable; `path` is then unchanged. It names `path`.
     """
+    try:
+        _write_beside(path, content, mode)
+    except OSError as error:
+        raise _of(path, error) from error
+
+
+def _write_beside(path: Path, content: bytes, mode: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -43,6 +50,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `path` is already there; a version is never overwritten.
+        OSError: what was written into it could not be; it names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -59,10 +67,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 raise FileExistsError(f"{path} is already there; a version is never overwritten") from error
             raise
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
         with suppress(OSError):
             path.parent.rmdir()  # where nothing else is in it
+        if isinstance(error, OSError) and error.strerror and str(error.filename or beside).startswith(str(beside)):
+            raise _of(path, error) from error
         raise
     _sync_folder(path.parent)
 
@@ -90,6 +100,11 @@ def _look(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _of(path: Path, error: OSError) -> OSError:
+    """The same of the place that was meant: the one beside it is gone, and its name says nothing to anybody."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def _sync_folder(folder: Path) -> None:

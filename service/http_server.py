@@ -174,10 +174,11 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._listening)
-        self._take()  # who came before the end
+        self._take(LISTEN_BACKLOG + 1)  # who came before the end, as many as can wait
         self._listening.close()
         if self._connecting:
             await asyncio.wait(self._connecting, timeout=CONNECTING_LIMIT_S)
+        await asyncio.sleep(DRAIN_TICK_S)  # what has arrived is read before its connection is taken for an idle one
         for connection in self._connections:
             connection.shutdown()
         end_s = loop.time() + DRAIN_LIMIT_S
@@ -206,8 +207,12 @@ class Server(uvicorn.Server):
     def _connections(self) -> list[Connection]:
         return cast("list[Connection]", [*self.server_state.connections])
 
-    def _take(self) -> None:
-        for _ in range(max(self._takes_at_once, len(self.server_state.connections) // _MORE_WITH)):
+    def _take(self, most: int = 0) -> None:
+        """
+        Args:
+            most: so many connections; 0: as many as are taken in a turn.
+        """
+        for _ in range(most or max(self._takes_at_once, len(self.server_state.connections) // _MORE_WITH)):
             if len(self.server_state.connections) + len(self._connecting) >= self._max_connections:
                 self._pause(FULL_PAUSE_S)
                 return

@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from service.errors import Refused
 from service.files import write_whole
 from service.keys import Key, made_key, read_keys
 
@@ -53,7 +54,12 @@ def _append(file: Path, made: Key) -> None:
         mode, owner = found.st_mode & 0o777, (found.st_uid, found.st_gid)
     if before and not before.endswith(b"\n"):
         before += b"\n"
-    write_whole(file, before + made.line.encode() + b"\n", mode=mode)
+    try:
+        write_whole(file, before + made.line.encode() + b"\n", mode=mode)
+    except OSError as error:
+        raise Refused(
+            f"the keys file '{file}' cannot be written: {error.strerror}; it is as it was, and no key was made"
+        ) from error
     if owner is not None:
         with suppress(PermissionError):  # only root can give it back to another
             os.chown(file, *owner)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from service.cpus import usable_cpus
 from service.errors import Refused
-from service.places import find
+from service.places import Found, find
 from service.printed import say, tell
 from service.repository import Repository, load
 from service.runtime import Placement, place
 from service.settings import Settings
 
 
-def loaded(path: Path, settings: Settings) -> Repository:
+def loaded(path: Path, settings: Settings, begin: Callable[[Found], None] = lambda _: None) -> Repository:
     """What is at `path`, admitted and said.
+
+    Args:
+        begin: is called with each version before it is read.
 
     Raises:
         WrongCall: there is nothing to serve at `path`.
@@ -23,7 +27,7 @@ def loaded(path: Path, settings: Settings) -> Repository:
     find(path, called=settings.name)  # a wrong path is said before anything is begun
     placement = placed(settings)
     say(f"models run on {placement.provider} ({placement.why})")
-    repository = load(path, placement, settings, tell=tell)
+    repository = load(path, placement, settings, tell=tell, begin=begin)
     if not repository.ready:
         raise Refused(f"no model under '{path}' was admitted, so there is nothing to serve")
     return repository

@@ -156,10 +156,8 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
         kept = await crew.move_alias(model, alias, asked.version)
         return {"model": model, "alias": alias, "version": asked.version, "survives_restart": kept}
 
-    @app.delete(
-        "/v2/repository/models/{model}/aliases/{alias}", summary="Take a name away", response_class=Response, **about
-    )
-    async def remove_alias(model: str, alias: str, request: Request) -> Response:
+    @app.delete("/v2/repository/models/{model}/aliases/{alias}", summary="Take a name away", **about)
+    async def remove_alias(model: str, alias: str, request: Request) -> dict[str, str | bool]:
         await _asked(request, LoadRequest, limit_bytes)
-        await crew.move_alias(model, alias, None)
-        return Response()
+        kept = await crew.move_alias(model, alias, None)
+        return {"model": model, "alias": alias, "survives_restart": kept}

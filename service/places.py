@@ -27,6 +27,9 @@ class Found:
     path: Path
     """A bundle's folder, or a plain ONNX file."""
 
+    def __str__(self) -> str:
+        return f"version {self.version} of model '{self.name}' ({self.path})"
+
 
 def find(path: Path, model: str | None = None, *, called: str = "") -> list[Found]:
     """All versions under a repository (NAME/VERSION/), a model (VERSION/), a bundle, or a plain ONNX file.

@@ -317,12 +317,17 @@ class Repository:
 
 
 def load(
-    path: Path, placement: Placement, settings: Settings, tell: Callable[[Entry], None] = lambda _: None
+    path: Path,
+    placement: Placement,
+    settings: Settings,
+    tell: Callable[[Entry], None] = lambda _: None,
+    begin: Callable[[Found], None] = lambda _: None,
 ) -> Repository:
     """Admit those versions of each model under `path` that are to be live.
 
     Args:
         tell: is called with each version as soon as it is decided.
+        begin: is called with each that is there before it is read.
 
     Raises:
         WrongCall: there is nothing that could be a model, or its aliases cannot be read.
@@ -338,6 +343,8 @@ def load(
 
         def look(version: str, name: str = name, there: Mapping[str, Found] = there) -> list[Entry]:
             found = there.get(version)
+            if found is not None:
+                begin(found)
             entry = _missing(name, version) if found is None else load_bounded(found, placement, settings)
             tell(entry)
             return [entry]
@@ -350,14 +357,22 @@ def load(
 
 
 def load_these(
-    path: Path, placement: Placement, settings: Settings, versions: Collection[tuple[str, str]]
+    path: Path,
+    placement: Placement,
+    settings: Settings,
+    versions: Collection[tuple[str, str]],
+    begin: Callable[[Found], None],
 ) -> list[Entry]:
     """Admit these versions, by name and version, and no others; one that is not there is left out."""
-    return [
-        load_bounded(found, placement, settings)
-        for found in find(path, called=settings.name)
-        if (found.name, found.version) in versions
-    ]
+    try:
+        there = [found for found in find(path, called=settings.name) if (found.name, found.version) in versions]
+    except WrongCall:  # nothing is left there
+        return []
+    entries = []
+    for found in there:
+        begin(found)
+        entries.append(load_bounded(found, placement, settings))
+    return entries
 
 
 def _wanted(

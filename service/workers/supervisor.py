@@ -2,7 +2,8 @@
 
 Rule 1: it never serves and never loads a model; it holds the socket, so that connections wait, not fail.
 Rule 2: a worker that ends is replaced, and so is one that hangs, with growing pauses where that does not help; when
-    none at all can be started, the supervisor says why and ends.
+    none at all can be started, the supervisor says why and ends. Nobody listens who cannot serve all that the others
+    do: that is tried again and again until it can, and the others go on meanwhile.
 Rule 3: workers have sessions of their own, so a signal reaches them only through the supervisor; when that is gone,
     they see their channel end and stop.
 """
@@ -23,7 +24,7 @@ from typing import final
 from service.errors import EvalmodeError, Refused
 from service.settings import Settings
 from service.watching import Watcher
-from service.workers.channel import Channel, Gone
+from service.workers.channel import Answer, Channel, Facts, Gone
 from service.workers.conductor import Conductor
 
 STEADY_S = 10.0
@@ -114,17 +115,34 @@ class Supervisor:
             if failures >= HOPELESS and not served_s and not self._conductor.workers:
                 raise Refused(f"no worker can be started: {failures} in a row failed, and the last one {why}")
             self._conductor.restarts += 1
-            _log.warning("a worker %s; another takes its place in %.0f s", why, pause_s(failures))
+            _log.log(
+                logging.WARNING if served_s else logging.ERROR,
+                "a worker %s; %d of %d serve, and another takes its place in %.0f s",
+                why,
+                len(self._conductor.workers),
+                self._settings.workers,
+                pause_s(failures),
+            )
             await asyncio.sleep(pause_s(failures))
 
     async def _one(self, *, first: bool) -> tuple[float, str]:
         """Run a worker to its end; how long it served, and why it ended."""
-        process, channel = await self._started()
+        loading = ""
+
+        async def answer(question: str, facts: Facts) -> object:
+            nonlocal loading
+            if question == "begin":
+                loading = facts["what"]
+                return None
+            return await self._conductor.answer(question, facts)
+
+        process, channel = await self._started(answer)
         serves_from_s: float | None = None
         why = ""
         try:
             said = await self._conductor.join(channel, first=first, **self._facts)
             serves_from_s = time.monotonic()
+            loading = ""
             self._announce(said["announcement"])
             why = await self._watched(process, channel)
         except Gone:
@@ -132,7 +150,7 @@ class Supervisor:
         except EvalmodeError as error:
             if not self._conductor.decided:
                 raise
-            why = f"cannot serve: {error}"
+            why, loading = f"cannot serve: {error}", ""
         finally:
             self._conductor.leave(channel)
             if process.returncode is None:
@@ -143,9 +161,9 @@ class Supervisor:
             if self._stopping and code > 0:
                 self._unfinished += 1
         served_s = 0.0 if serves_from_s is None else time.monotonic() - serves_from_s
-        return served_s, why or (
-            f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        )
+        if not why:
+            why = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return served_s, f"{why} while it loaded {loading}" if loading else why
 
     async def _watched(self, process: asyncio.subprocess.Process, channel: Channel) -> str:
         """Wait for the end of a worker, and end one that does not even say that it is there; why it was ended."""
@@ -159,7 +177,7 @@ class Supervisor:
                 await asyncio.wait_for(process.wait(), PING_S)
         return ""
 
-    async def _started(self) -> tuple[asyncio.subprocess.Process, Channel]:
+    async def _started(self, answer: Answer) -> tuple[asyncio.subprocess.Process, Channel]:
         ours, its = socket.socketpair()
         with its:
             inherited = (its.fileno(), self._listening.fileno())
@@ -175,7 +193,7 @@ class Supervisor:
                 start_new_session=True,
             )
         self._processes.add(process)
-        return process, await Channel.over(ours, self._conductor.answer)
+        return process, await Channel.over(ours, answer)
 
     def _announce(self, said: str) -> None:
         """Once, when all serve."""

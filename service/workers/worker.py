@@ -5,6 +5,7 @@ Rule 1: it does what the supervisor asks, in this order: `prepare`, `listen`; fr
     ready.
 Rule 2: `admit` changes nothing that is served; `settle` cannot fail. So several workers can do both or neither.
 Rule 3: when the supervisor is gone, it stops.
+Rule 4: the supervisor knows what is being loaded before it is: a model may end the process, which then says nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import hashlib
 import os
 import signal
 import socket
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -26,6 +28,7 @@ from service.errors import NotReady, Refused
 from service.http_server import SHARED_TAKES_AT_ONCE, Server
 from service.loading import loaded, placed
 from service.meters import reading_of
+from service.places import Found
 from service.printed import announcement
 from service.readings import Reading
 from service.repository import Entry, Repository, load_these
@@ -48,6 +51,7 @@ class Worker:
         self._candidates: dict[str, tuple[Entry, ...]] = {}
 
     async def work(self, connected: socket.socket) -> None:
+        self._loop = asyncio.get_running_loop()
         self._supervisor = await Channel.over(connected, self._answer)
         async with asyncio.TaskGroup() as self._tasks:  # ends the process if serving fails
             self._tasks.create_task(self._stop_when_orphaned())
@@ -89,14 +93,21 @@ class Worker:
         self._settings = settings
         verdicts = facts["verdicts"]
         if verdicts is None:
-            self._repository = await asyncio.to_thread(loaded, path, settings)
+            self._repository = await asyncio.to_thread(loaded, path, settings, self._begin)
             verdicts = await asyncio.to_thread(_verdicts, self._repository.entries)
         else:
             wanted = [Verdict(**verdict) for verdict in verdicts]
-            self._repository = await asyncio.to_thread(_loaded_as, path, settings, wanted, facts["aliases"])
+            self._repository = await asyncio.to_thread(
+                _loaded_as, path, settings, wanted, facts["aliases"], self._begin
+            )
         host, port = self._listening.getsockname()[:2]
         said = announcement(self._repository, host, port, settings)
         return {"verdicts": verdicts, "aliases": self._repository.all_aliases, "announcement": said}
+
+    def _begin(self, what: object) -> None:
+        """Tell the supervisor what is loaded next; called in a thread, and it knows when this returns."""
+        with suppress(Gone):
+            asyncio.run_coroutine_threadsafe(self._supervisor.ask("begin", what=str(what)), self._loop).result()
 
     async def _listen(self) -> None:
         listens = asyncio.Event()
@@ -115,7 +126,11 @@ class Worker:
 
     def _admit(self, model: str, versions: Collection[str] | None) -> list[Verdict]:
         """May take long, so it is called in a thread; the supervisor has one model admitted at a time."""
-        self._candidates[model] = self._repository.admit(model, versions)
+        self._begin(f"model '{model}'")
+        try:
+            self._candidates[model] = self._repository.admit(model, versions)
+        finally:
+            self._begin("")
         return _verdicts(self._candidates[model])
 
     def _settle(self, model: str, verdicts: Sequence[Facts] | None) -> list[str]:
@@ -166,26 +181,35 @@ class OneOfSeveral:
 
 
 def _loaded_as(
-    path: Path, settings: Settings, verdicts: Sequence[Verdict], aliases: Mapping[str, Aliases]
+    path: Path,
+    settings: Settings,
+    verdicts: Sequence[Verdict],
+    aliases: Mapping[str, Aliases],
+    begin: Callable[[Found], None],
 ) -> Repository:
     """What other processes serve, and nothing else, whatever lies beside it by now.
 
     Raises:
-        WrongCall, Refused: it is not there any more.
+        Refused: it is not there any more.
     """
     placement = placed(settings)
     wanted = {(verdict.name, verdict.version) for verdict in verdicts if verdict.ready}
     found = (
-        {(entry.name, entry.version): entry for entry in load_these(path, placement, settings, wanted)}
+        {(entry.name, entry.version): entry for entry in load_these(path, placement, settings, wanted, begin)}
         if wanted
         else {}
     )
     for verdict in verdicts:
         entry = found.get((verdict.name, verdict.version))
-        if verdict.ready and (entry is None or _verdict(entry).digest != verdict.digest):
+        if verdict.ready and entry is None:
             raise Refused(
-                f"version {verdict.version} of model '{verdict.name}' is not what the other workers serve: its files "
-                "were changed or removed since; put a version in its place and load it"
+                f"version {verdict.version} of model '{verdict.name}' is gone from '{path}', and the other workers "
+                "serve it; put it back, or unload the model"
+            )
+        if verdict.ready and entry is not None and _verdict(entry).digest != verdict.digest:
+            raise Refused(
+                f"version {verdict.version} of model '{verdict.name}' under '{path}' is not what the other workers "
+                "serve: its files were changed since; load it, or put back what was there"
             )
     entries = [found[(it.name, it.version)] if it.ready else _refused(it) for it in verdicts]
     return Repository(entries, path=path, placement=placement, settings=settings, aliases=aliases)

@@ -26,6 +26,7 @@ from service.workers import supervisor
 from tests import graphs
 from tests.bundles import SAMPLE, write_table_bundle
 from tests.conftest import Serve, Serving
+from tests.service.hostile import a_loop_without_end
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc")]
 
@@ -242,12 +243,34 @@ def test_files_that_were_changed_under_a_served_version_are_not_mixed_in(serve: 
     os.kill(killed, signal.SIGKILL)
     assert serving.process.stdout is not None
     for line in serving.process.stdout:
-        if "version 1 of model 'table' is not what the other workers serve" in line:
+        if f"version 1 of model 'table' under '{models}' is not what the other workers serve" in line:
             break
     answers = [ask(serving, "POST", PREDICT, SAMPLE) for _ in range(10)]
     assert all("label" in answer.json() for answer in answers)
     assert ask(serving, "POST", "/v2/repository/models/table/load").status_code == 200
     assert not any("label" in answer.json() for answer in everywhere(serving, "POST", PREDICT, SAMPLE))
+
+
+def test_who_cannot_serve_all_that_the_others_do_does_not_listen(serve: Serve, models: Path) -> None:
+    """The folder of a served version is gone when a worker dies: the other answers for it, the log says what is missing
+    and how many serve, and the service is whole again soon after the folder is."""
+    serving = serve(models, "--workers", "2")
+    (models / "table").rename(models / ".table")
+    os.kill(min(children(serving.process.pid)), signal.SIGKILL)
+    assert serving.process.stdout is not None
+    for line in serving.process.stdout:
+        if f"version 1 of model 'table' is gone from '{models}', and the other workers serve it" in line:
+            break
+    assert "1 of 2 serve, and another takes its place in" in line
+    for _ in range(20):
+        assert [ask(serving, "POST", f"/models/{name}/predict", SAMPLE).status_code for name in ("table", "rate")] == [
+            200,
+            200,
+        ]
+    assert "evalmode_workers 1.0" in ask(serving, "GET", "/metrics").text
+    (models / ".table").rename(models / "table")
+    assert {answer.status_code for answer in everywhere(serving, "POST", PREDICT, SAMPLE)} == {200}
+    assert "evalmode_workers 2.0" in ask(serving, "GET", "/metrics").text
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -334,3 +357,19 @@ def test_it_gives_up_when_no_worker_can_be_started(models: Path, tmp_path: Path)
     assert refused.returncode == 1
     assert "evalmode: no worker can be started: 3 in a row failed, and the last one ended with code 3" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_model_that_ends_the_workers_is_named(models: Path) -> None:
+    """They are killed while they load it, here for the CPU time that it takes, as elsewhere for memory; they cannot say
+    so themselves."""
+    endless = models / "zz_endless" / "1"
+    endless.mkdir(parents=True)
+    (endless / "model.onnx").write_bytes(a_loop_without_end())
+    serve = [sys.executable, "-m", "service.cli", "serve", str(models), "--port", "0", "--workers", "2"]
+    limited = ["sh", "-c", 'ulimit -t 4; exec "$@"', "sh", *serve]
+    refused = subprocess.run(limited, capture_output=True, text=True, timeout=50, check=False)
+    assert refused.returncode == 1
+    told = f"was ended by SIGKILL while it loaded version 1 of model 'zz_endless' ({endless})"
+    assert f"evalmode: no worker can be started: 3 in a row failed, and the last one {told}" in refused.stderr
+    assert refused.stderr.count(f"a worker {told}; 0 of 2 serve") == 2
+    assert "table/1  ready" in refused.stdout

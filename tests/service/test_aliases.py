@@ -72,7 +72,8 @@ def test_an_alias_is_set_moved_and_taken_away(models: Path) -> None:
     assert ask(repository, "GET", "/v2/models/table/versions/candidate").json()["evalmode"]["version"] == "3"
     assert ask(repository, "PUT", f"{ALIASES}/stable", {"version": "3"}).status_code == 200
     assert answered_by(repository) == "3"
-    assert ask(repository, "DELETE", f"{ALIASES}/candidate").status_code == 200
+    removed = ask(repository, "DELETE", f"{ALIASES}/candidate")
+    assert removed.json() == {"model": "table", "alias": "candidate", "survives_restart": True}
     assert answered_by(repository, "candidate") == "unknown_version"
 
 
@@ -168,7 +169,8 @@ def test_where_nothing_can_be_written_they_hold_until_the_end(
     repository = served(models)
     moved = ask(repository, "PUT", f"{ALIASES}/stable", {"version": "2"}).json()
     assert (moved["survives_restart"], answered_by(repository)) == (False, "2")
-    assert "aliases of model 'table' hold until the service ends: Read-only file system" in caplog.text
+    assert f"aliases of model 'table' hold until the service ends: '{models / 'table' / FILE}' cannot" in caplog.text
+    assert ask(repository, "DELETE", f"{ALIASES}/stable").json()["survives_restart"] is False
     alone = served(models / "table" / "1")
     assert ask(alone, "PUT", f"{ALIASES}/stable", {"version": "1"}).json()["survives_restart"] is False
 

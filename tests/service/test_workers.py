@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -294,6 +295,50 @@ def test_who_comes_with_many_does_not_wait_for_as_many_turns(takes_at_once: int,
                 client.close()
             server.should_exit = True
             await serving
+
+    in_a_thread(scenario)
+
+
+def test_who_came_before_the_end_is_answered() -> None:
+    """A hundred connections are made, and then the signal comes: those that wait to be taken are not forgotten."""
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            listens = asyncio.Event()
+            server = Server(empty(), listens.set, takes_at_once=SHARED_TAKES_AT_ONCE)
+            serving = asyncio.create_task(server.serve(sockets=[listening.dup()]))
+            await listens.wait()
+            clients = [socket.create_connection(listening.getsockname()) for _ in range(100)]
+            for client in clients:
+                client.sendall(b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+            server.handle_exit(signal.SIGTERM, None)
+            listening.close()
+            await serving
+            assert [client.recv(1000)[:12] for client in clients] == [b"HTTP/1.1 200"] * 100
+            for client in clients:
+                client.close()
+
+    in_a_thread(scenario)
+
+
+def test_a_request_that_has_arrived_at_the_end_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a connection that was idle until then: it was sent, and is not read yet, when the process goes to its end."""
+    request = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            listens = asyncio.Event()
+            server = Server(empty(), listens.set)
+
+            async def until_it_is_asked_again() -> None:
+                client.sendall(request)
+                assert (await asyncio.to_thread(client.recv, 1000)).startswith(b"HTTP/1.1 200")
+                client.sendall(request)
+
+            monkeypatch.setattr(server, "main_loop", until_it_is_asked_again)
+            with socket.create_connection(listening.getsockname()) as client:
+                await server.serve(sockets=[listening.dup()])
+                assert client.recv(1000).startswith(b"HTTP/1.1 200")
 
     in_a_thread(scenario)
 
