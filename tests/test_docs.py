@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from importlib.metadata import entry_points
@@ -67,7 +68,15 @@ def test_every_make_target_in_the_readme_exists() -> None:
 
 @pytest.mark.parametrize(
     "file",
-    ["README.md", "DECISIONS.md", "CHANGELOG.md", "deploy/README.md", "docs/rules/README.md", "docs/threat-model.md"],
+    [
+        "README.md",
+        "DECISIONS.md",
+        "CHANGELOG.md",
+        "deploy/README.md",
+        "docs/rules/README.md",
+        "docs/threat-model.md",
+        "docs/promises.md",
+    ],
 )
 def test_links_lead_somewhere(file: str) -> None:
     folder = (ROOT / file).parent
@@ -84,6 +93,19 @@ def test_the_threat_model_names_what_is_there() -> None:
         assert (ROOT / file).exists(), file
     for file in re.findall(r"`(test_\w+\.py)`", page):
         assert (ROOT / "tests" / "service" / file).exists(), file
+
+
+def test_every_promise_has_its_source_and_a_test_that_holds_it() -> None:
+    page = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", page, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == [*range(1, 21)]
+    for number, row in rows:
+        assert re.search(r"\]\(https://github\.com/[\w.-]+/[\w.-]+/(issues|pull)/\d+\)", row), number
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert tests, number
+        for file, name in tests:
+            there = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+            assert name in {node.name for node in there if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
 
 
 def failure_modes() -> list[tuple[str, list[str]]]:

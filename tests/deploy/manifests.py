@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,38 @@ PROBES: dict[str, Document] = {
 }
 """What each probe asks for."""
 
-SCRAPED: Document = yaml.safe_load(COMPOSE["configs"]["prometheus"]["content"])["scrape_configs"][0]
+PROMETHEUS = the(DEPLOY / "prometheus" / "prometheus.yml")
+SCRAPED: Document = PROMETHEUS["scrape_configs"][0]
 """How the Prometheus of compose.yaml asks."""
+
+ALERTS: list[Document] = the(DEPLOY / "prometheus" / "rules.yml")["groups"][0]["rules"]
+DASHBOARD: Document = json.loads((DEPLOY / "grafana" / "evalmode.json").read_text(encoding="utf-8"))
+
+
+def as_asked(query: str) -> str:
+    """What Grafana makes of a query of the dashboard: its variables have values."""
+    return re.sub(r"\$(instance|model)\b", ".+", query.replace("$__rate_interval", "1m"))
+
+
+def mounted(service: str, folder: Path) -> Path:
+    """Copy below a folder what Compose mounts into a service's container, secrets aside; the folder."""
+    for config in COMPOSE["services"][service]["configs"]:
+        there = folder / config["target"].lstrip("/")
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(DEPLOY / COMPOSE["configs"][config["source"]]["file"], there)
+    return folder
+
+
+def configured_prometheus(folder: Path, *, key: str) -> Path:
+    """The configuration of the Prometheus of compose.yaml, with its rules beside it, and a key that it can read."""
+    flags: list[str] = COMPOSE["services"]["prometheus"]["command"]
+    (there,) = [flag.removeprefix("--config.file=/") for flag in flags if flag.startswith("--config.file=/")]
+    configuration = mounted("prometheus", folder) / there
+    secrets = folder / "run" / "secrets"
+    secrets.mkdir(parents=True)
+    (secrets / "metrics_key").write_text(f"{key}\n")
+    configuration.write_text(configuration.read_text().replace("/run/secrets", str(secrets)))
+    return configuration
 
 
 def instruction(name: str) -> str:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, final
 
 import httpx
 import pytest
 
+from service.keys import made_key
 from tests.bundles import SAMPLE, write_table_bundle
 from tests.conftest import Serve, Serving
+from tests.deploy.manifests import ALERTS, DASHBOARD, SCRAPED, as_asked, configured_prometheus
 
 RULES = Path(__file__).parent.parent.parent / "deploy" / "prometheus"
 
@@ -27,7 +32,35 @@ pytestmark = [
     ),
 ]
 
-Query = Callable[[str], float | None]
+
+@final
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What a running Prometheus answers."""
+
+    address: str
+
+    def __call__(self, expression: str) -> float | None:
+        """The first number."""
+        found = self.found(expression)
+        return float(found[0]["value"][1]) if found else None
+
+    def found(self, expression: str) -> list[Any]:
+        """Every series."""
+        try:
+            answer = httpx.get(f"{self.address}/api/v1/query", params={"query": expression}, timeout=5)
+        except httpx.TransportError:  # it is starting
+            return []
+        found: list[Any] = answer.json()["data"]["result"] if answer.status_code == 200 else []
+        return found
+
+    def alerts(self) -> dict[str, str]:
+        """Each alert that it watches for, with how its expression fares."""
+        groups = httpx.get(f"{self.address}/api/v1/rules", timeout=5).json()["data"]["groups"]
+        return {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
+
+
+Start = Callable[..., Query]
 
 CONFIGURATION = """
 global: {{scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 250ms}}
@@ -46,21 +79,23 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def prometheus(tmp_path: Path) -> Iterator[Callable[[Serving], Query]]:
-    """Start one that scrapes a service four times a second; it answers queries with their one number."""
+def prometheus(tmp_path: Path) -> Iterator[Start]:
+    """Start one, and wait until it has scraped the service: four times a second, or as a configuration says."""
     running: list[subprocess.Popen[bytes]] = []
 
-    def start(serving: Serving) -> Query:
+    def start(serving: Serving, configuration: Path | None = None) -> Query:
         folder = tmp_path / "prometheus"
         folder.mkdir()
-        target = serving.address.removeprefix("http://")
-        (folder / "prometheus.yml").write_text(CONFIGURATION.format(rules=RULES / "rules.yml", target=target))
+        if configuration is None:
+            configuration = folder / "prometheus.yml"
+            target = serving.address.removeprefix("http://")
+            configuration.write_text(CONFIGURATION.format(rules=RULES / "rules.yml", target=target))
         address = f"127.0.0.1:{free_port()}"
         running.append(
             subprocess.Popen(
                 [
                     "prometheus",
-                    f"--config.file={folder / 'prometheus.yml'}",
+                    f"--config.file={configuration}",
                     f"--storage.tsdb.path={folder / 'data'}",
                     f"--web.listen-address={address}",
                 ],
@@ -68,15 +103,7 @@ def prometheus(tmp_path: Path) -> Iterator[Callable[[Serving], Query]]:
                 stderr=subprocess.DEVNULL,
             )
         )
-
-        def query(expression: str) -> float | None:
-            try:
-                answer = httpx.get(f"http://{address}/api/v1/query", params={"query": expression}, timeout=5)
-            except httpx.TransportError:  # it is starting
-                return None
-            found = answer.json()["data"]["result"] if answer.status_code == 200 else []
-            return float(found[0]["value"][1]) if found else None
-
+        query = Query(f"http://{address}")
         until(query, 'up{job="evalmode"}', 1)
         return query
 
@@ -93,16 +120,14 @@ def until(query: Query, expression: str, wanted: float, *, within_s: float = 30)
         time.sleep(0.1)
 
 
-def predict(serving: Serving, times: int, body: object = SAMPLE) -> None:
+def predict(serving: Serving, times: int, body: object = SAMPLE, *, key: str = "") -> None:
     """Each over a connection of its own, so any worker may answer."""
     for _ in range(times):
-        httpx.post(f"{serving.address}/predict", json=body, timeout=20)
+        httpx.post(f"{serving.address}/predict", json=body, headers={"x-api-key": key} if key else {}, timeout=20)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_queries_have_the_right_numbers(
-    serve: Serve, prometheus: Callable[[Serving], Query], tmp_path: Path, workers: int
-) -> None:
+def test_queries_have_the_right_numbers(serve: Serve, prometheus: Start, tmp_path: Path, workers: int) -> None:
     write_table_bundle(tmp_path / "models", name="table")
     serving = serve(tmp_path / "models", "--workers", str(workers))
     query = prometheus(serving)
@@ -126,9 +151,7 @@ def test_queries_have_the_right_numbers(
     assert query('count(ALERTS{alertstate="firing"})') is None
 
 
-def test_nothing_goes_backwards_when_a_worker_dies(
-    serve: Serve, prometheus: Callable[[Serving], Query], tmp_path: Path
-) -> None:
+def test_nothing_goes_backwards_when_a_worker_dies(serve: Serve, prometheus: Start, tmp_path: Path) -> None:
     """Neither when it is killed nor when a model is loaded anew; the restart is counted."""
     write_table_bundle(tmp_path / "models", name="table")
     serving = serve(tmp_path / "models", "--workers", "2")
@@ -151,6 +174,35 @@ def test_nothing_goes_backwards_when_a_worker_dies(
     until(query, 'evalmode_loads_total{model="table", result="admitted"}', 2)
     assert query("resets(evalmode_request_duration_seconds_count[5m])") == 0
     assert query('resets(evalmode_requests_total{code="200", route="/predict"}[5m])') == 0
+
+
+def test_the_prometheus_of_compose_fills_every_panel(serve: Serve, prometheus: Start, tmp_path: Path) -> None:
+    """As it is configured there, with the key that it is given: it watches for every alert, and each query of the
+    dashboard has an answer, with the labels of its legend."""
+    write_table_bundle(tmp_path / "models", name="table")
+    asks, kept_of_it = made_key("prometheus", ["metrics"])
+    calls, kept_of_caller = made_key("shop", ["predict"])
+    keys = tmp_path / "keys"
+    keys.write_text(f"{kept_of_it.line}\n{kept_of_caller.line}\n")
+    serving = serve(tmp_path / "models", "--workers", "2", "--keys-file", str(keys))
+    configuration = configured_prometheus(tmp_path / "container", key=asks)
+    there = SCRAPED["static_configs"][0]["targets"][0]
+    here = configuration.read_text().replace(there, serving.address.removeprefix("http://")).replace("15s", "250ms")
+    configuration.write_text(here)
+    predict(serving, 1, key=calls)
+    predict(serving, 1, {}, key=calls)
+    query = prometheus(serving, configuration)
+    predict(serving, 10, key=calls)
+    predict(serving, 3, {}, key=calls)
+    until(query, 'sum(evalmode_requests_total{code="200", model="table"})', 11)
+    until(query, 'sum(evalmode_requests_total{code="400", model="table"})', 4)
+    assert query.alerts() == {alert["alert"]: "ok" for alert in ALERTS}
+    for panel in DASHBOARD["panels"]:
+        for target in panel["targets"]:
+            found = query.found(as_asked(target["expr"]))
+            assert found, (panel["title"], target["expr"])
+            labels = set(re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat", "")))
+            assert all(labels <= series["metric"].keys() for series in found), (panel["title"], found)
 
 
 def test_the_page_is_as_prometheus_likes_it(serve: Serve, tmp_path: Path) -> None:

@@ -96,6 +96,11 @@ def test_sizes_for_which_there_is_no_time_are_not_used(monkeypatch: pytest.Monke
     assert rehearse(admitted(Rehearsed()), "exact").max_rows == 1
 
 
+def test_who_wants_no_company_has_none() -> None:
+    """`--max-batch-rows 1`: every request runs by itself, also where company would change no bit."""
+    assert rehearse(admitted(Rehearsed(), max_batch_rows=1), "exact").max_rows == 1
+
+
 def test_company_must_not_cost_more_than_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     """No larger batch is made than runs in the time allowed; what is long for the loop gets a thread."""
     monkeypatch.setattr(rehearsal, "LONGEST_RUN_S", 0.015)
