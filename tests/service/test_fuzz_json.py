@@ -24,7 +24,7 @@ from service.protocol.json import error_body
 from service.protocol.large_json import parsed_large
 from service.repository import Live
 from service.signature import DATATYPES
-from tests.fuzzing import AS_LONG_AS_IT_TAKES, TO_JSON, Changes, changed, changes, fuzzed, model
+from tests.fuzzing import AS_LONG_AS_IT_TAKES, ONE_FAULT, TO_JSON, Changes, changed, changes, fuzzed, model
 
 pytestmark = AS_LONG_AS_IT_TAKES
 
@@ -85,13 +85,13 @@ OUTPUTS = ['"outputs": null', '"outputs": []', '"outputs": [%s]', '"outputs": [%
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> Asked:
-    """A good request, in one of many spellings."""
+def requests(draw: st.DrawFn, *, fewest_rows: int = 1) -> Asked:
+    """A request in one of many spellings; a good one if it has rows."""
     name = draw(st.sampled_from(["one", "one", "two", *(name for name in MODELS if name not in ("half", "half out"))]))
     signature = MODELS[name].admitted.signature
     style = draw(st.sampled_from([0, 0, 1, 2, 3]))  # 0: as most callers write it
     joint = ", " if style < 2 else draw(st.sampled_from([",", " ,\n", ",\t"]))
-    rows = draw(st.integers(1, 3))
+    rows = draw(st.integers(fewest_rows, 3))
     batched = style == 0 or draw(st.integers(0, 4)) > 0 or any(spec.shape[0] != -1 for spec in signature.inputs)
     tensors = []
     for spec in signature.inputs:
@@ -324,7 +324,18 @@ def test_a_good_request_is_read_by_all_readers_and_means_what_it_says(asked: Ask
     check_meaning(asked.live, body, read)
 
 
-@fuzzed(350)
+@fuzzed(250)
+@given(requests(fewest_rows=0), st.lists(changes(ONE_FAULT, most=1), min_size=8, max_size=8))
+def test_one_fault_in_a_request_is_found_by_all_readers(asked: Asked, each: list[Changes]) -> None:
+    """Whatever follows from no change at all is what all of them say, too."""
+    for made in ([], *each):
+        body = changed(asked.text.encode(), made)
+        read = of_all_readers(asked.live, body)
+        if isinstance(read, Read):
+            check_meaning(asked.live, body, read)
+
+
+@fuzzed(200)
 @given(requests(), st.lists(changes(TO_JSON), min_size=6, max_size=6))
 def test_a_damaged_request_is_judged_alike_by_all_readers_and_never_misread(asked: Asked, each: list[Changes]) -> None:
     """Numbers and values that nobody means, keys twice, missing, misspelt or escaped, deep nests, bytes that are no
