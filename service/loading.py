@@ -6,8 +6,8 @@ from pathlib import Path
 
 from service.cpus import usable_cpus
 from service.errors import Refused
-from service.places import find
-from service.printed import say, tell
+from service.places import find, misplaced
+from service.printed import say, tell, tell_begun
 from service.repository import Repository, load
 from service.runtime import Placement, place
 from service.settings import Settings
@@ -23,7 +23,9 @@ def loaded(path: Path, settings: Settings) -> Repository:
     find(path, called=settings.name)  # a wrong path is said before anything is begun
     placement = placed(settings)
     say(f"models run on {placement.provider} ({placement.why})")
-    repository = load(path, placement, settings, tell=tell)
+    repository = load(path, placement, settings, begin=lambda found: tell_begun(found, settings), tell=tell)
+    for one in misplaced(path, called=settings.name):
+        say(f"  {one.place}  NOT SERVED  {one.reason}")
     if not repository.ready:
         raise Refused(f"no model under '{path}' was admitted, so there is nothing to serve")
     return repository
