@@ -27,6 +27,7 @@ from service.bundle import Bundle, IndependenceFigure, ParityFigure, digest
 from service.errors import AdmissionRefused, first_line
 from service.folding import folded_if_same, trials
 from service.graph.fold import Fold
+from service.graph.parts import serialised
 from service.graph.scan import BatchNorm, scan
 from service.graph.size import nodes_inlined
 from service.numerics import largest_difference, largest_value, made_up_rows, rounding_bounds, same_bits
@@ -108,9 +109,10 @@ def admit_with(
 ) -> Admitted:
     """`admit` with any engine: the seam for tests."""
     model = sealed(bundle.model)
-    batchnorms = check_structure(model)
+    content = serialised(model)
+    batchnorms = check_structure(model, content)
     check_digest(bundle)
-    plain = make_runtime(model.SerializeToString())
+    plain = make_runtime(content)
     check_batch_axis(plain.inputs)
     signature = check_signature(bundle, plain)
     golden_inputs = bundle.golden("input")
@@ -175,14 +177,17 @@ def check_batch_axis(inputs: Sequence[TensorSpec]) -> None:
             )
 
 
-def check_structure(model: onnx.ModelProto) -> tuple[BatchNorm, ...]:
+def check_structure(model: onnx.ModelProto, content: bytes = b"") -> tuple[BatchNorm, ...]:
     """The BatchNormalization nodes of the model, all of them frozen.
+
+    Args:
+        content: the model serialised, where somebody has done that already.
 
     Raises:
         AdmissionRefused: it is not a valid model, or something in it makes answers depend on the batch or on chance.
     """
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(content or serialised(model))
     except onnx.checker.ValidationError as error:
         raise AdmissionRefused("structure", f"model.onnx is not a valid ONNX model: {first_line(error)}") from error
     if (nodes := nodes_inlined(model)) > MOST_NODES:

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 from fastapi import FastAPI, Request, Response
@@ -42,7 +42,6 @@ from service.tracing import tracing
 from service.watch import Watch, Watcher
 
 PAGE_FOLDER = Path(__file__).parent / "page"
-DESCRIPTION = "Serves networks with BatchNorm exactly as they were evaluated: running statistics, never the batch's."
 
 
 def create_app(repository: Repository, settings: Settings, crew: Crew | None = None) -> Application:
@@ -85,7 +84,8 @@ def _fastapi(
         lifespan=lifespan,
         title="evalmode",
         version=version("evalmode"),
-        description=DESCRIPTION,
+        description=openapi.DESCRIPTION,
+        openapi_tags=openapi.TAGS,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -120,7 +120,13 @@ def _add_documentation(app: FastAPI, repository: Repository, *, needs_keys: bool
     def document() -> dict[str, Any]:
         nonlocal documented
         if app.openapi_schema is None or documented != list(map(ref, repository.models)):
-            own = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            own = get_openapi(
+                title=app.title,
+                version=app.version,
+                description=app.description,
+                tags=app.openapi_tags,
+                routes=app.routes,
+            )
             documented = list(map(ref, repository.models))
             whole = openapi.with_models(own, repository.models)
             app.openapi_schema = openapi.with_keys(whole) if needs_keys else whole
@@ -132,19 +138,24 @@ def _add_documentation(app: FastAPI, repository: Repository, *, needs_keys: bool
 def _add_health(app: FastAPI, readiness: Readiness) -> None:
     tags: list[str | Enum] = ["Health"]
 
-    @app.get("/v2/health/live", tags=tags, summary="The process answers")
+    @app.get("/v2/health/live", tags=tags, summary="Whether the process answers")
     async def live() -> dict[str, bool]:
         return {"live": True}
 
     @app.get(
-        "/v2/health/ready", tags=tags, summary="Models are there and answer", responses=openapi.responses(NotReady)
+        "/v2/health/ready",
+        tags=tags,
+        summary="Whether models are there and answer",
+        responses=openapi.responses(NotReady),
     )
     async def ready() -> dict[str, bool]:
         await readiness.check()
         return {"ready": True}
 
-    @app.get("/v2/models/{model}/ready", tags=tags, responses=openapi.responses(NotFound, NotReady))
-    @app.get("/v2/models/{model}/versions/{version}/ready", tags=tags, responses=openapi.responses(NotFound, NotReady))
+    of_model = _of_model("Whether {} answers", tags)
+
+    @app.get("/v2/models/{model}/ready", **of_model.newest)
+    @app.get("/v2/models/{model}/versions/{version}/ready", **of_model.version)
     async def model_ready(model: str, version: str | None = None) -> dict[str, str | bool]:
         return {"name": await readiness.check_model(model, version), "ready": True}
 
@@ -152,18 +163,22 @@ def _add_health(app: FastAPI, readiness: Readiness) -> None:
 def _add_metadata(app: FastAPI, repository: Repository) -> None:
     tags: list[str | Enum] = ["Open Inference Protocol"]
 
-    @app.get("/v2", tags=tags, summary="This server")
+    @app.get("/v2", tags=tags, summary="This server and its extensions of the protocol")
     async def server() -> dict[str, str | list[str]]:
         return {"name": "evalmode", "version": app.version, "extensions": list(documents.EXTENSIONS)}
 
-    @app.get("/v2/models/{model}", tags=tags, responses=openapi.responses(NotFound, NotReady))
-    @app.get("/v2/models/{model}/versions/{version}", tags=tags, responses=openapi.responses(NotFound, NotReady))
+    of_model = _of_model("What {} takes and gives, and what its admission measured", tags)
+
+    @app.get("/v2/models/{model}", **of_model.newest)
+    @app.get("/v2/models/{model}/versions/{version}", **of_model.version)
     async def model_metadata(model: str, version: str | None = None) -> dict[str, object]:
         live = repository.live(model, version)
         return documents.metadata(live, repository.versions(model), repository.aliases(model))
 
-    @app.get("/v2/models/{model}/config", tags=tags, responses=openapi.responses(NotFound, NotReady))
-    @app.get("/v2/models/{model}/versions/{version}/config", tags=tags, responses=openapi.responses(NotFound, NotReady))
+    of_model = _of_model("The configuration of {}, as Triton has it", tags)
+
+    @app.get("/v2/models/{model}/config", **of_model.newest)
+    @app.get("/v2/models/{model}/versions/{version}/config", **of_model.version)
     async def model_config(model: str, version: str | None = None) -> dict[str, object]:
         return documents.config(repository.live(model, version), repository.versions(model))
 
@@ -171,17 +186,44 @@ def _add_metadata(app: FastAPI, repository: Repository) -> None:
 def _add_statistics(app: FastAPI, repository: Repository, crew: Crew) -> None:
     tags: list[str | Enum] = ["Open Inference Protocol"]
 
-    @app.get("/v2/models/stats", tags=tags, summary="What every model has done")
+    @app.get(
+        "/v2/models/stats",
+        tags=tags,
+        summary="What every model has done since it was loaded",
+        description=openapi.SINCE_LOADED,
+        responses=openapi.responses(NotReady),
+    )
     async def statistics() -> dict[str, list[Document]]:
         return {"model_stats": await crew.statistics()}
 
-    @app.get("/v2/models/{model}/stats", tags=tags, responses=openapi.responses(NotFound, NotReady))
-    @app.get("/v2/models/{model}/versions/{version}/stats", tags=tags, responses=openapi.responses(NotFound, NotReady))
+    of_model = _of_model("What {} has done since it was loaded", tags, openapi.SINCE_LOADED)
+
+    @app.get("/v2/models/{model}/stats", **of_model.newest)
+    @app.get("/v2/models/{model}/versions/{version}/stats", **of_model.version)
     async def model_statistics(model: str, version: str | None = None) -> dict[str, list[Document]]:
         live = repository.live(model, version)
         entries = await crew.statistics()
         wanted = repository.versions(model) if version is None else [live.version]
         return {"model_stats": [one for one in entries if one["name"] == live.name and one["version"] in wanted]}
+
+
+class _Both(NamedTuple):
+    """What the document says of a route of a model, and of the same one of a version."""
+
+    newest: dict[str, Any]
+    version: dict[str, Any]
+
+
+def _of_model(summary: str, tags: list[str | Enum], description: str | None = None) -> _Both:
+    """
+    Args:
+        summary: with {} where it is said of what.
+    """
+    common = {"tags": tags, "description": description, "responses": openapi.responses(NotFound, NotReady)}
+    return _Both(
+        {**common, "summary": summary.format("a model")},
+        {**common, "summary": summary.format("a version of a model, or an alias")},
+    )
 
 
 async def _own_error(request: Request, error: Exception) -> Response:
@@ -203,7 +245,8 @@ async def _framework_error(request: Request, error: Exception) -> Response:
 def _methods(request: Request) -> set[str]:
     """Those that the path takes; each route knows its own only."""
     routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
-    return {method for route in routes if route.path_regex.match(request.url.path) for method in route.methods or ()}
+    methods = {method for route in routes if route.path_regex.match(request.url.path) for method in route.methods or ()}
+    return methods | {"HEAD"} if "GET" in methods else methods
 
 
 async def _unforeseen_error(request: Request, error: Exception) -> Response:

@@ -4,6 +4,7 @@ A request with a compressed or a chunked body, of HTTP/1.0 or with anything else
 way; connection.py says which do not.
 
 Rule 1: whether the caller may ask at all is the first question (access.py).
+Rule 2: HEAD is GET without the body of its answer (RFC 9110, section 9.3.2), wherever there is a GET.
 """
 
 from __future__ import annotations
@@ -102,19 +103,23 @@ class Application:
         began_ns = perf_counter_ns()
         given = request_id(headers)
         status = 500  # of whoever breaks before it answers
+        head_only = scope["method"] == "HEAD"
+        asked = {**scope, "method": "GET"} if head_only else scope
 
         async def send_with_request_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*with_page_headers(message.get("headers", ())), (REQUEST_ID, given)]
+            elif head_only and message["type"] == "http.response.body":
+                message["body"] = b""
             await send(message)
 
         try:
-            await self._rest(scope, receive, send_with_request_id)
+            await self._rest(asked, receive, send_with_request_id)
         finally:
-            route = getattr(scope.get("route"), "path", ELSEWHERE)
-            self._ended(scope, headers, route, status, scope.get(CODE, ""), given, began_ns)
+            route = getattr(asked.get("route"), "path", ELSEWHERE)
+            self._ended(scope, headers, route, status, asked.get(CODE, ""), given, began_ns)
 
     def _ended(
         self, scope: Scope, headers: Headers, route: str, status: int, code: str, given: bytes, began_ns: int

@@ -1,7 +1,8 @@
 """Whether a model still answers: asked of the engine itself, with a sample, and not of the process around it.
 
 Rule 1: a model that ran lately is not asked; an idle service to which nobody puts the question does nothing.
-Rule 2: the sample goes the way of every request, so it finds out about whatever holds those up.
+Rule 2: the sample goes the way of every request, so it finds out about whatever holds those up; but no statistics know
+        of it, because nobody asked for its answer.
 Rule 3: one sample at a time; while it is on its way, whoever asks waits a moment, and is told yes until the model is
         overdue. A long run is not a stuck one.
 """
@@ -73,7 +74,7 @@ class Canary:
         self._told.clear()
         self._on_its_way = True
         try:
-            self._coalescer.submit(self._sample, self._tell)
+            self._coalescer.submit(self._sample, self._tell, counted=False)
         except QueueFull:  # and nothing ran lately
             self._on_its_way = False
 

@@ -54,10 +54,30 @@ _log = logging.getLogger(__name__)
 class Computed:
     """A request's way through the model: its rows, then what the model gave for them, and where the time went."""
 
-    __slots__ = ("accepted", "compute_ns", "error", "expires_ns", "gone", "outputs", "queue_ns", "since_ns", "tell")
+    __slots__ = (
+        "accepted",
+        "compute_ns",
+        "counted",
+        "error",
+        "expires_ns",
+        "gone",
+        "outputs",
+        "queue_ns",
+        "since_ns",
+        "tell",
+    )
 
-    def __init__(self, accepted: Accepted, tell: Tell, expires_ns: int | None, gone: Callable[[], bool] | None) -> None:
+    def __init__(
+        self,
+        accepted: Accepted,
+        tell: Tell,
+        expires_ns: int | None,
+        gone: Callable[[], bool] | None,
+        counted: bool = True,
+    ) -> None:
         self.accepted = accepted
+        self.counted = counted
+        """It is in the statistics."""
         self.tell = tell
         self.expires_ns = expires_ns
         self.gone = gone
@@ -156,6 +176,7 @@ class Coalescer:
         alone: bool = False,
         expires_ns: int | None = None,
         gone: Callable[[], bool] | None = None,
+        counted: bool = True,
     ) -> None:
         """Run these rows, and tell what came of them: what the model gave, or what it raised, or `ClientLeft`, or
         `DeadlineExceeded`.
@@ -165,11 +186,12 @@ class Coalescer:
             alone: nobody else can be asking, so nothing is gained by waiting for the turn of the loop to end.
             expires_ns: on the clock of `perf_counter_ns`; after it nobody wants the answer.
             gone: says that the client has left.
+            counted: False where nobody asked, so that no statistics know of it.
 
         Raises:
             QueueFull: it would wait too long, or take too much of the memory that waiting may take.
         """
-        request = Computed(accepted, tell, expires_ns, gone)
+        request = Computed(accepted, tell, expires_ns, gone, counted)
         if alone and not self._busy and accepted.rows <= self._inline_rows:
             if _wanted(request, request.since_ns):
                 self._run_inline([request])
@@ -322,16 +344,21 @@ class Coalescer:
         began_ns = max(self.ran_ns, batch[0].since_ns)  # what passes between two batches is waited for too
         self.ran_ns = ended_ns = perf_counter_ns()
         self._learn((ended_ns - began_ns) / rows, full=2 * rows >= self._max_rows)
+        requests = len(batch)
         for request in batch:
             request.queue_ns = started_ns - request.since_ns
             request.compute_ns = ended_ns - started_ns
-        self._statistics.ran(
-            rows,
-            len(batch),
-            input_ns=stacked_ns - started_ns,
-            infer_ns=ran_ns - stacked_ns,
-            output_ns=ended_ns - ran_ns,
-        )
+            if not request.counted:
+                requests -= 1
+                rows -= request.accepted.rows
+        if requests:
+            self._statistics.ran(
+                rows,
+                requests,
+                input_ns=stacked_ns - started_ns,
+                infer_ns=ran_ns - stacked_ns,
+                output_ns=ended_ns - ran_ns,
+            )
 
     def _learn(self, row_ns: float, *, full: bool) -> None:
         """What a row took. A batch that is not full tells only that it takes no longer than that."""

@@ -39,7 +39,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from service.asgi import GONE, Application, declared_bytes, headers_by_name
+from service.asgi import GONE, METHODS, Application, declared_bytes, headers_by_name
 from service.bodies import Held
 from service.errors import BadRequest, HeadersTooLarge, RequestError, RequestTooSlow, ServerFull
 from service.large_body import LARGE_BODY_BYTES, LargeBody, place_for
@@ -75,6 +75,9 @@ _ENCODED = re.compile(rb"[^\w/.~-]")
 
 _NO_PATH = (UnicodeDecodeError, httptools.HttpParserInvalidURLError)
 """What uvicorn raises where the target of a request is not one."""
+
+_METHOD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ")
+"""A method at the beginning of a request (RFC 9110, section 9.1)."""
 
 _LONGEST_URL = 512
 
@@ -186,6 +189,8 @@ class Connection(HttpToolsProtocol):
         self._unsent_bytes = 0
         self._unsent_since_s = self.loop.time()
         """When the client was last seen reading what is written."""
+        self._parsed = b""
+        """What is being parsed, as it came."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -198,7 +203,9 @@ class Connection(HttpToolsProtocol):
         if b"pgrade:" in data and not self._reading:
             data = _without_upgrade(data)
         self._unhanded_bytes += len(data)
+        self._parsed = data
         super().data_received(data)
+        self._parsed = b""
         if self._unhanded_bytes > MOST_HEAD_BYTES:
             self._unhanded_bytes = 0
             self._give_up(_too_large())
@@ -382,7 +389,9 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """What cannot be read ends the connection."""
         error = sys.exception()
-        if not isinstance(error, httptools.HttpParserCallbackError) or isinstance(error.__context__, _NO_PATH):
+        if isinstance(error, httptools.HttpParserInvalidMethodError):
+            self._give_up(_unknown_method(self._parsed))
+        elif not isinstance(error, httptools.HttpParserCallbackError) or isinstance(error.__context__, _NO_PATH):
             self._give_up(BadRequest(f"the request is not valid HTTP/1.1: {msg.rstrip('.')}"))
         else:
             self._give_up(error.__context__ if isinstance(error.__context__, RequestError) else error)
@@ -446,6 +455,18 @@ class Connection(HttpToolsProtocol):
 
 def _too_large() -> HeadersTooLarge:
     return HeadersTooLarge(url_bytes=MOST_URL_BYTES, headers=MOST_HEADERS, head_bytes=MOST_HEAD_BYTES)
+
+
+def _unknown_method(data: bytes) -> BadRequest:
+    """
+    Args:
+        data: what holds the method, perhaps behind other requests, or only its end.
+    """
+    found = _METHOD.match(data)
+    said = f"method '{found[1].decode()}'" if found and found[1].decode() not in METHODS else "its method"
+    return BadRequest(
+        f"the request is not valid HTTP/1.1: {said} is not known; GET, HEAD, POST, PUT and DELETE are, in capitals"
+    )
 
 
 def _without_upgrade(data: bytes) -> bytes:

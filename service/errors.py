@@ -100,6 +100,7 @@ class MalformedJson(BadRequest):
     code = "malformed_json"
 
     def __init__(self, reason: str) -> None:
+        self.reason = reason
         super().__init__(f"the body is not valid JSON: {reason}")
 
 
@@ -296,8 +297,13 @@ class UnknownModel(NotFound):
 
     code = "unknown_model"
 
-    def __init__(self, *, model: str, models: Sequence[str]) -> None:
-        super().__init__(f"no model '{clipped(model)}' is served here; served: {listing(models) or 'none'}")
+    def __init__(self, *, model: str, models: Sequence[str], why: str = "") -> None:
+        """
+        Args:
+            why: what lies in its place, and what is wrong with it.
+        """
+        said = f"; {why}" if why else ""
+        super().__init__(f"no model '{clipped(model)}' is served here{said}; served: {listing(models) or 'none'}")
 
 
 class UnknownVersion(NotFound):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from service.bundle import Bundle
 from service.errors import first_line
 from service.graph.fold import Fold, fold
+from service.graph.parts import serialised
 from service.numerics import largest_difference, made_up_rows, rounding_bounds
 from service.runtime import Runtime
 
@@ -71,7 +72,7 @@ def folded_if_same(
     if not any(found.into for found in folded.folds):
         return Served(model=model, runtime=plain, folds=folded.folds)
     try:
-        runtime = make_runtime(folded.model.SerializeToString())
+        runtime = make_runtime(serialised(folded.model))
         reason = next(filter(None, (_difference(plain, runtime, model, trial) for trial in trials)), None)
     except Exception as error:  # the engine takes the one graph and not the other, or the rows fit neither
         reason = f"the folded graph does not run: {first_line(error)}"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from service.cpus import usable_cpus
 from service.errors import Refused
-from service.places import Found, find
-from service.printed import say, tell
+from service.places import Found, find, misplaced
+from service.printed import say, tell, tell_begun
 from service.repository import Repository, load
 from service.runtime import Placement, place
 from service.settings import Settings
@@ -27,7 +27,14 @@ def loaded(path: Path, settings: Settings, begin: Callable[[Found], None] = lamb
     find(path, called=settings.name)  # a wrong path is said before anything is begun
     placement = placed(settings)
     say(f"models run on {placement.provider} ({placement.why})")
-    repository = load(path, placement, settings, tell=tell, begin=begin)
+
+    def tell_and_begin(found: Found) -> None:
+        tell_begun(found, settings)
+        begin(found)
+
+    repository = load(path, placement, settings, begin=tell_and_begin, tell=tell)
+    for one in misplaced(path, called=settings.name):
+        say(f"  {one.place}  NOT SERVED  {one.reason}")
     if not repository.ready:
         raise Refused(f"no model under '{path}' was admitted, so there is nothing to serve")
     return repository

@@ -20,8 +20,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from service import openapi
 from service.bundle import MODEL_FILE
 from service.crew import Crew
+from service.errors import NotReady
 from service.readings import FAMILIES, Family, Reading
 from service.repository import UNLOADED, Entry, Live, Repository
 
@@ -33,7 +35,10 @@ def add(app: FastAPI, repository: Repository, crew: Crew) -> None:
         "/metrics",
         tags=["Metrics"],
         summary="What all processes counted, for Prometheus",
+        description="In OpenMetrics or the older text, as the header Accept says. No count begins anew when a model is "
+        "loaded anew, as the statistics of the protocol do.",
         response_class=PlainTextResponse,
+        responses=openapi.responses(NotReady),
     )
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))

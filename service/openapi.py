@@ -13,16 +13,20 @@ import numpy as np
 import orjson
 
 from service.access import is_open
+from service.aliases import STABLE
 from service.errors import (
     BadRequest,
     BodyTooLarge,
     DeadlineExceeded,
     Forbidden,
+    HeadersTooLarge,
     Internal,
     NeedsBinary,
     NotFound,
     NotReady,
+    QueueFull,
     RequestError,
+    RequestTooSlow,
     Unauthorized,
     UnsupportedMediaType,
 )
@@ -33,6 +37,33 @@ from service.signature import CategoricalFeature, ClassTarget, ContinuousFeature
 
 Schema = dict[str, Any]
 
+DESCRIPTION = """Serves networks with BatchNorm exactly as they were evaluated: running statistics, never the batch's.
+
+Every error, on every route, is `{"error": "...", "code": "..."}`. Beside what is named at each route, any request can
+be refused as no HTTP (400), for a method that its path does not take (405), as too slow to arrive (408), for a head
+that is too large (431), or fail for reasons of ours (500). Every answer has an `x-request-id`."""
+
+SINCE_LOADED = (
+    "Counted since the version was loaded: a restart begins at zero, and so does a version that is loaded anew. The "
+    "counts of `GET /metrics` go on when a model is loaded anew."
+)
+
+TAGS = [
+    {"name": "Predict", "description": "One sample by the names of its features in, a label or a value out."},
+    {
+        "name": "Open Inference Protocol",
+        "description": "Tensors in, tensors out, in JSON or binary; what a model takes; what it has done. Version 2, "
+        "with the extensions that `GET /v2` names.",
+    },
+    {"name": "Health", "description": "For orchestrators and load balancers; needs no API key but for single models."},
+    {"name": "Model repository", "description": "What is served and why, loading and unloading, aliases of versions."},
+    {"name": "Metrics", "description": "For Prometheus."},
+]
+"""In the order in which the page shows them."""
+
+LARGEST_EXAMPLE_BYTES = 16 * 1024
+"""Of JSON. Larger ones, such as images, would be most of the document, and nobody reads them."""
+
 ERROR_SCHEMA: Schema = {
     "type": "object",
     "description": "Every error, on every route.",
@@ -42,19 +73,10 @@ ERROR_SCHEMA: Schema = {
         "code": {"type": "string", "description": "The same fault has the same code."},
     },
 }
-_ERRORS: tuple[type[RequestError], ...] = (
-    BadRequest, Forbidden, NotFound, BodyTooLarge, UnsupportedMediaType, Internal, NotReady, DeadlineExceeded,
+_PREDICTION_ERRORS: tuple[type[RequestError], ...] = (
+    BadRequest, NotFound, RequestTooSlow, BodyTooLarge, UnsupportedMediaType, QueueFull, HeadersTooLarge, Internal,
+    NotReady, DeadlineExceeded,
 )  # fmt: skip
-
-
-def _response(error: type[RequestError]) -> Schema:
-    return {
-        "description": (error.__doc__ or "").splitlines()[0],
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-    }
-
-
-ERROR_RESPONSES: Schema = {str(error.status): _response(error) for error in _ERRORS}
 
 KEY_SCHEMES: Schema = {
     "key": {"type": "http", "scheme": "bearer", "description": "An API key: 'Authorization: Bearer KEY'."},
@@ -62,10 +84,20 @@ KEY_SCHEMES: Schema = {
 }
 """The page of the documentation (page/docs) knows the first by its name."""
 
+_RETRY_AFTER: Schema = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}}
+
 
 def responses(*errors: type[RequestError]) -> dict[int | str, Schema]:
     """The errors that a route can answer with, for FastAPI."""
-    return {error.status: ERROR_RESPONSES[str(error.status)] for error in errors}
+    return {error.status: _response(error) for error in errors}
+
+
+def _response(error: type[RequestError]) -> Schema:
+    return {
+        "description": (error.__doc__ or "").splitlines()[0],
+        **({"headers": _RETRY_AFTER} if error is QueueFull else {}),
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
 
 
 def with_models(document: Schema, models: Sequence[Live]) -> Schema:
@@ -86,12 +118,29 @@ def with_models(document: Schema, models: Sequence[Live]) -> Schema:
         schemas[f"{live.name}.InferRequest"] = _infer_request(live)
         schemas[f"{live.name}.InferResponse"] = _infer_response(live)
         paths[f"/v2/models/{live.name}/infer"] = {"post": _with_binary(_infer_operation(live))}
-    components = document.get("components", {})
-    return {
-        **document,
-        "paths": {**paths, **document["paths"]},
-        "components": {**components, "schemas": {**schemas, **components.get("schemas", {})}},
+    own = {
+        path: {method: _own(operation, models) for method, operation in operations.items()}
+        for path, operations in document["paths"].items()
     }
+    return {**document, "paths": {**paths, **own}, "components": {"schemas": schemas}}
+
+
+def _own(operation: Schema, models: Sequence[Live]) -> Schema:
+    """An operation of FastAPI's, with examples that work, and without the answer that it gives nowhere here."""
+    answers = {status: answer for status, answer in operation["responses"].items() if status != "422"}
+    operation = {**operation, "responses": answers}
+    if not models:
+        return operation
+    examples = {"model": models[0].name, "version": models[0].version, "alias": STABLE}
+    if "parameters" in operation:
+        operation["parameters"] = [
+            {**parameter, "example": examples[parameter["name"]]} for parameter in operation["parameters"]
+        ]
+    if "requestBody" in operation:
+        body = operation["requestBody"]["content"]["application/json"]
+        example = {name: examples.get(name, value) for name, value in body["example"].items()}
+        operation["requestBody"] = {"content": {"application/json": {**body, "example": example}}}
+    return operation
 
 
 def with_keys(document: Schema) -> Schema:
@@ -100,13 +149,13 @@ def with_keys(document: Schema) -> Schema:
     Args:
         document: not changed.
     """
-    refusal = {str(Unauthorized.status): _response(Unauthorized)}
+    refusals = {str(error.status): _response(error) for error in (Unauthorized, Forbidden)}
     paths: Schema = {}
     for path, operations in document["paths"].items():
         paths[path] = {
             method: {**operation, "security": []}
             if is_open(path)
-            else {**operation, "responses": {**operation["responses"], **refusal}}
+            else {**operation, "responses": {**operation["responses"], **refusals}}
             for method, operation in operations.items()
         }
     return {
@@ -124,7 +173,9 @@ def _predict_operation(live: Live, operation_id: str) -> Schema:
         live.admitted.signature.example(),
         operation_id=operation_id,
         tag="Predict",
-        summary=f"One sample of named features for '{live.name}'",
+        summary=f"Ask '{live.name}' about one sample, by the names of its features",
+        description="Every feature has to be there. A category that training never saw is served as missing, and "
+        "`served_as_missing` says so.",
         schemas=(f"{live.name}.Sample", f"{live.name}.Prediction"),
     )
 
@@ -136,20 +187,37 @@ def _infer_operation(live: Live) -> Schema:
         infer_example(live),
         operation_id=f"infer_{live.name}",
         tag="Open Inference Protocol",
-        summary=f"Tensors for '{live.name}'",
+        summary=f"Ask '{live.name}' with tensors",
+        description=_infer_description(live),
         schemas=(f"{live.name}.InferRequest", f"{live.name}.InferResponse"),
+    )
+
+
+def _infer_description(live: Live) -> str:
+    takes, gives = (
+        ", ".join(f"`{spec.name}` {spec.datatype} {_axes(spec)}" for spec in specs)
+        for specs in (live.admitted.signature.inputs, live.admitted.signature.outputs)
+    )
+    return (
+        f"Takes {takes}; gives {gives}. The first axis is the batch; one sample may leave it out. A version or an "
+        f"alias is asked at `/v2/models/{live.name}/versions/VERSION/infer`.\n\n"
+        "Binary tensors follow the JSON in the order in which they stand in it; each has `binary_data_size` in its "
+        "parameters in place of `data`, and the header `Inference-Header-Content-Length` is the length of the JSON. "
+        "Outputs come so with `binary_data`."
     )
 
 
 def _with_binary(operation: Schema) -> Schema:
     """The operation with binary tensors as the other form of request and answer."""
-    length = {"schema": {"type": "integer", "minimum": 0}, "description": "Bytes of JSON before the binary tensors."}
+    length = {
+        "schema": {"type": "integer", "minimum": 0},
+        "description": "Bytes of JSON before the binary tensors; 0 where the body is nothing but the elements of the "
+        "only input.",
+    }
     blob = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     body, good = operation["requestBody"], operation["responses"]["200"]
     return {
         **operation,
-        "description": "Binary tensors follow the JSON in the order in which they stand in it; each has "
-        "`binary_data_size` in its parameters in place of `data`. Outputs come so with `binary_data`.",
         "parameters": [{"name": "Inference-Header-Content-Length", "in": "header", "required": False, **length}],
         "requestBody": {**body, "content": {**body["content"], **blob}},
         "responses": {
@@ -164,27 +232,38 @@ def _with_binary(operation: Schema) -> Schema:
 
 
 def _operation(
-    live: Live, parse: Parse, example: Schema, *, operation_id: str, tag: str, summary: str, schemas: tuple[str, str]
+    live: Live,
+    parse: Parse,
+    example: Schema,
+    *,
+    operation_id: str,
+    tag: str,
+    summary: str,
+    description: str,
+    schemas: tuple[str, str],
 ) -> Schema:
     """An operation whose examples are a request and the answer that this model really gives to it, if JSON can hold
-    them."""
+    them and they are not too large."""
     asked, answered = {}, {}
-    with suppress(NeedsBinary):
-        request = parse(live, orjson.dumps(example), None)
-        answer = orjson.loads(request.render(live.admitted.runtime.run(request.accepted.tensors))[0])
-        asked, answered = {"example": example}, {"example": answer}
+    body = orjson.dumps(example)
+    if len(body) <= LARGEST_EXAMPLE_BYTES:
+        with suppress(NeedsBinary):
+            request = parse(live, body, None)
+            answer = orjson.loads(request.render(live.admitted.runtime.run(request.accepted.tensors))[0])
+            asked, answered = {"example": example}, {"example": answer}
     asks, answers = ({"$ref": f"#/components/schemas/{name}"} for name in schemas)
     return {
         "operationId": operation_id,
         "tags": [tag],
         "summary": summary,
+        "description": description,
         "requestBody": {"required": True, "content": {"application/json": {"schema": asks, **asked}}},
         "responses": {
             "200": {
                 "description": "The answer.",
                 "content": {"application/json": {"schema": answers, **answered}},
             },
-            **ERROR_RESPONSES,
+            **{str(error.status): _response(error) for error in _PREDICTION_ERRORS},
         },
     }
 
@@ -279,14 +358,17 @@ def _infer_response(live: Live) -> Schema:
     }
 
 
+def _axes(spec: TensorSpec) -> str:
+    return "[" + ", ".join("any" if axis == -1 else str(axis) for axis in spec.shape) + "]"
+
+
 def _tensor(spec: TensorSpec, data: str) -> Schema:
-    axes = ", ".join("any" if axis == -1 else str(axis) for axis in spec.shape)
     return {
         "type": "object",
         "required": ["name", "shape", "datatype", data],
         "properties": {
             "name": {"const": spec.name},
-            "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": f"[{axes}]"},
+            "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": _axes(spec)},
             "datatype": {"const": spec.datatype},
             data: {"type": "array", "description": "row-major, flat or nested as the shape says", "items": {}},
         },

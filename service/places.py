@@ -1,21 +1,32 @@
-"""Where versions of models lie: NAME/VERSION/model.onnx.
+"""Where versions of models lie: NAME/VERSION/model.onnx; and what lies beside them in vain.
 
 Rule 1: nothing here opens a file; names and what the file system says of them are enough.
 Rule 2: what begins with a dot is being written, and is not there yet.
+Rule 3: a model that was laid a step too high or too low hides no others (`layout`).
+Rule 4: what cannot be read is passed over by `find`, and named by `misplaced`.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from service.errors import WrongCall, listing
+from service.errors import WrongCall, listing, printable
 
 MODEL_FILE = "model.onnx"
+ONNX = ".onnx"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """Names and versions: what is safe as a folder and in a URL. No leading dot: those are folders being written."""
+
+_OTHERS = re.compile(r"\.|lost\+found$")
+"""What nobody put there to be served: folders being written, and what a file system keeps for itself."""
+
+_CHARACTERS = "letters, digits, '_', '-' and '.', not starting with '.' or '-'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +40,23 @@ class Found:
 
     def __str__(self) -> str:
         return f"version {self.version} of model '{self.name}' ({self.path})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Misplaced:
+    """Something in the folder of models that cannot be served where it lies."""
+
+    name: str
+    """Of the model, or of what stands in the place of one; printable, whatever it is."""
+    version: str
+    """The same of the version; empty where it is the model that is wrong."""
+    reason: str
+    """What is wrong, and what to do."""
+
+    @property
+    def place(self) -> str:
+        """Inside what is served."""
+        return f"{self.name}/{self.version}" if self.version else self.name
 
 
 def find(path: Path, model: str | None = None, *, called: str = "") -> list[Found]:
@@ -51,28 +79,143 @@ def find(path: Path, model: str | None = None, *, called: str = "") -> list[Foun
         found = [Found(name=plain_name(path), version="1", path=path)]
     elif not path.is_dir():
         raise WrongCall(f"there is nothing at '{path}'; give a model repository, a bundle or an ONNX file")
-    elif (path / MODEL_FILE).is_file():
-        whole = path.resolve()
-        found = [Found(name=safe_name(whole.parent.name), version=safe_name(whole.name), path=path)]
-    elif versions := versions_in(path):
-        name = safe_name(path.resolve().name)
-        found = [Found(name=name, version=version, path=path / version) for version in versions]
     else:
-        folders = model_folders(path) if model is None else [path / model]
-        found = [
-            Found(name=folder.name, version=version, path=folder / version)
-            for folder in folders
-            if model is None or (NAME_PATTERN.fullmatch(model) and folder.is_dir())
-            for version in versions_in(folder)
-        ]
+        match layout(path):
+            case "bundle":
+                whole = path.resolve()
+                found = [Found(name=safe_name(whole.parent.name), version=safe_name(whole.name), path=path)]
+            case "model":
+                name = safe_name(path.resolve().name)
+                found = [Found(name=name, version=version, path=path / version) for version in versions_in(path)]
+            case "repository":
+                folders = model_folders(path) if model is None else [path / model]
+                found = [
+                    Found(name=folder.name, version=version, path=folder / version)
+                    for folder in folders
+                    if model is None or NAME_PATTERN.fullmatch(model)
+                    for version in versions_in(folder)
+                ]
     if not found and (file := only_file(path)) is not None:
         found = find(file)
     if not found and model is None:
+        there = "".join(f"; '{it.name}': {it.reason}" for it in misplaced(path)[:3])
         raise WrongCall(
             f"'{path}' holds no models; it should hold NAME/VERSION/{MODEL_FILE}. "
-            "`evalmode export` writes such a folder"
+            f"`evalmode export` writes such a folder{there}"
         )
     return [version for version in found if model is None or version.name == model]
+
+
+Layout = Literal["bundle", "model", "repository"]
+
+
+def layout(path: Path) -> Layout:
+    """What a folder is.
+
+    Where it could be several, a version with a number for a name makes it a model's folder, and after that any
+    NAME/VERSION/model.onnx a repository: the rest was laid there by mistake.
+    """
+    versions = versions_in(path)
+    if any(version.isdecimal() for version in versions):
+        return "model"
+    if any(versions_in(folder) for folder in model_folders(path)):
+        return "repository"
+    if (path / MODEL_FILE).is_file():
+        return "bundle"
+    return "model" if versions else "repository"
+
+
+def misplaced(path: Path, *, called: str = "") -> list[Misplaced]:
+    """What in a repository or in a model's folder is not found by `find`, in order of the names.
+
+    Left out are names that begin with a dot, and files that nobody can mean as a model.
+
+    Args:
+        path, called: as for `find`.
+    """
+    if not os.path.isdir(path):
+        return []
+    match layout(path):
+        case "bundle":
+            return []
+        case "model":
+            return _misplaced_in_model(_parted(path)[1], called or safe_name(path.resolve().name))
+        case "repository":
+            return [found for entry in _entries(path) for found in _misplaced_in_repository(entry, called)]
+
+
+def _misplaced_in_repository(entry: os.DirEntry[str], called: str) -> list[Misplaced]:
+    """What is wrong with a model's folder, or in it."""
+    reason = ""
+    if not _is_folder(entry):
+        if entry.name.endswith(ONNX) or "." not in entry.name:
+            reason = _no_folder(entry, f"NAME/VERSION/{MODEL_FILE}, such as {plain_name(Path(entry.name))}/1")
+    elif not NAME_PATTERN.fullmatch(entry.name):
+        reason = f"this cannot be a model's name; use {_CHARACTERS}"
+    else:
+        versions, others = _parted(entry.path)
+        if found := _misplaced_in_model(others, called if called and versions else entry.name):
+            return found
+        if not versions:
+            hint = f"put one at {entry.name}/1/{MODEL_FILE}, or take the folder away"
+            reason = _unreadable(entry) or f"it holds no version; {hint}"
+    return [Misplaced(name=printable(entry.name), version="", reason=reason)] if reason else []
+
+
+def _misplaced_in_model(others: Sequence[os.DirEntry[str]], name: str) -> list[Misplaced]:
+    """What is wrong with what lies beside the versions of a model."""
+    return [
+        Misplaced(name=name, version=printable(entry.name), reason=reason)
+        for entry in others
+        if (reason := _why_no_version(entry, name))
+    ]
+
+
+def _why_no_version(entry: os.DirEntry[str], name: str) -> str:
+    """Empty if nobody can mean it as one."""
+    if not _is_folder(entry):
+        if entry.name.isdecimal():
+            return _no_folder(entry, f"{name}/{entry.name}/{MODEL_FILE}")
+        return _no_folder(entry, f"{name}/VERSION/{MODEL_FILE}") if entry.name.endswith(ONNX) else ""
+    if not NAME_PATTERN.fullmatch(entry.name):
+        return f"this cannot be a version; use a number, or {_CHARACTERS}"
+    if why := _unreadable(entry):
+        return why
+    if os.path.lexists(os.path.join(entry.path, MODEL_FILE)):
+        return f"its {MODEL_FILE} is no file that can be read; put the file there"
+    other = next((file.name for file in _entries(entry.path) if file.name.endswith(ONNX)), "")
+    hint = f"'{printable(other)}' in it has to be called so" if other else "put it there, or take the folder away"
+    return f"it holds no {MODEL_FILE}; {hint}"
+
+
+def _no_folder(entry: os.DirEntry[str], place: str) -> str:
+    if not os.path.exists(entry.path):
+        return "it is a link that leads nowhere"
+    return f"it is a file, where a folder should be; put it at {place}"
+
+
+def _unreadable(folder: os.DirEntry[str]) -> str:
+    """Why a folder cannot be read; empty if it can."""
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}; let the service's user read it"
+    return ""
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What people put into a folder, in order of the names; nothing if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((it for it in entries if not _OTHERS.match(it.name)), key=lambda it: it.name)
+    except OSError:
+        return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):  # a link that goes round
+        return entry.is_dir()
+    return False
 
 
 def only_file(path: Path) -> Path | None:
@@ -103,27 +246,28 @@ def checked_name(name: str) -> str:
         WrongCall: it is not.
     """
     if not NAME_PATTERN.fullmatch(name):
-        raise WrongCall(
-            f"'{name}' cannot be a model's name; use letters, digits, '_', '-' and '.', not starting with '.' or '-'"
-        )
+        raise WrongCall(f"'{name}' cannot be a model's name; use {_CHARACTERS}")
     return name
 
 
 def model_folders(path: Path) -> list[Path]:
     """The folders of a repository that may be models, in order of their names."""
-    return sorted(entry for entry in path.iterdir() if NAME_PATTERN.fullmatch(entry.name) and entry.is_dir())
+    return [Path(it.path) for it in _entries(path) if NAME_PATTERN.fullmatch(it.name) and _is_folder(it)]
 
 
 def versions_in(model_folder: Path) -> list[str]:
     """The version folders under `models/NAME`, oldest first. Folders that are being written start with a dot."""
-    return sorted(
-        (
-            entry.name
-            for entry in model_folder.iterdir()
-            if NAME_PATTERN.fullmatch(entry.name) and (entry / MODEL_FILE).is_file()
-        ),
-        key=version_order,
-    )
+    return sorted((entry.name for entry in _parted(model_folder)[0]), key=version_order)
+
+
+def _parted(model_folder: str | Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
+    """The versions of a model, and what else lies there."""
+    versions: list[os.DirEntry[str]] = []
+    others: list[os.DirEntry[str]] = []
+    for entry in _entries(model_folder):
+        is_version = NAME_PATTERN.fullmatch(entry.name) and os.path.isfile(os.path.join(entry.path, MODEL_FILE))
+        (versions if is_version else others).append(entry)
+    return versions, others
 
 
 def version_order(version: str) -> tuple[int, int, str]:

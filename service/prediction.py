@@ -23,6 +23,7 @@ from service.coalescing import Computed
 from service.errors import (
     Internal,
     MalformedBinary,
+    MalformedJson,
     MethodNotAllowed,
     QueueFull,
     RequestError,
@@ -146,6 +147,9 @@ class Predictions:
                 expires_ns=None if timeout_s is None else prediction.since_ns + int(timeout_s * 1e9),
                 gone=gone,
             )
+        except MalformedJson as error:
+            undeclared = route.binary and JSON_LENGTH not in headers and _media_type(headers) == OCTET_STREAM
+            prediction.refuse(_undeclared(error) if undeclared else error)
         except Exception as error:
             prediction.refuse(error)
 
@@ -281,9 +285,13 @@ def check_content_type(headers: Headers, *, binary: bool) -> None:
     content_type = headers.get(b"content-type", b"")
     if content_type == JSON:
         return
-    kind = content_type.split(b";", 1)[0].strip().lower()
+    kind = _media_type(headers)
     if kind not in (JSON, b"") and not (binary and kind == OCTET_STREAM):
         raise UnsupportedMediaType(content_type.decode("latin-1"))
+
+
+def _media_type(headers: Headers) -> bytes:
+    return headers.get(b"content-type", b"").split(b";", 1)[0].strip().lower()
 
 
 def declared_json_bytes(headers: Headers) -> int | None:
@@ -308,6 +316,15 @@ def _json_bytes(headers: Headers, size: int) -> int | None:
             "takes the length of the JSON alone, or 0 for a raw binary request"
         )
     return json_bytes
+
+
+def _undeclared(error: MalformedJson) -> MalformedJson:
+    """For who sends bytes and does not say how many of them are JSON."""
+    return MalformedJson(
+        f"{error.reason}. Without the header Inference-Header-Content-Length all of the body is JSON; where tensors "
+        "follow in binary, say there how many bytes of JSON stand before them, or 0 if the body is nothing but the "
+        "elements of the only input"
+    )
 
 
 _ID_PREFIX = secrets.token_hex(6).encode()

@@ -9,6 +9,7 @@ import orjson
 
 from service.numerics import made_up_rows
 from service.openapi import infer_example
+from service.places import Found
 from service.protocol.v2 import BINARY_OUTPUTS, BINARY_SIZE
 from service.repository import Entry, Live, Repository
 from service.settings import Settings
@@ -16,6 +17,14 @@ from service.settings import Settings
 
 def say(text: str) -> None:
     print(text, flush=True, file=sys.stdout)
+
+
+def tell_begun(found: Found, settings: Settings) -> None:
+    """A version, before it is loaded: of a large one nothing more is heard for long, and nothing answers until then."""
+    path = found.path
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size_mb = sum(file.stat().st_size for file in files) / 1e6
+    say(f"  {found.name}/{found.version}  loading {size_mb:.1f} MB, for at most {settings.admission_limit_s:.0f} s")
 
 
 def tell(entry: Entry) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ from service.errors import (
 )
 from service.limits import GRACE_S, SHARE, bounded_memory, bounded_time, free_memory_bytes
 from service.memory import give_back_soon
-from service.places import Found, find, version_order
+from service.places import Found, Misplaced, find, misplaced, version_order
 from service.policy import Rule, parse
 from service.rehearsal import Batching, rehearse
 from service.runtime import Deadline, Placement
@@ -114,6 +115,8 @@ class Repository:
         """What answers who names a version or an alias, by model."""
         self._replaced: WeakSet[Live] = WeakSet()
         """Those that still have requests to answer, and hold themselves for no longer."""
+        self._loading: dict[str, tuple[str, ...]] = {}
+        """Versions that `admit` has begun with, by model, until they are swapped in or given up."""
         self.counts = Counts()
         """Of all that this process serves and has served."""
         for name, of_one in groupby(sorted(entries, key=lambda entry: entry.name), lambda entry: entry.name):
@@ -124,8 +127,23 @@ class Repository:
         """Every version that was looked at, models in order of their names."""
         return tuple(entry for name in sorted(self._entries) for entry in _one_for_each(self._entries[name]))
 
+    @property
+    def loading(self) -> set[tuple[str, str]]:
+        """Versions that are being admitted, by name and version."""
+        return {(name, version) for name, versions in [*self._loading.items()] for version in versions}
+
+    def misplaced(self) -> list[Misplaced]:
+        """What lies in the folder and cannot be served there; looked for now, so it is called in a thread."""
+        return misplaced(self._path, called=self._settings.name)
+
+    def give_up(self, name: str) -> None:
+        """What `admit` made of a model is not going to be served."""
+        self._loading.pop(name, None)
+
     def admit(self, name: str, versions: Collection[str] | None = None) -> tuple[Entry, ...]:
         """Look at a model's folder again and admit what is to be live; nothing that is served changes.
+
+        Until `swap` or `give_up` follows, the index says that it is being loaded.
 
         May take long, so it is called in a thread.
 
@@ -145,7 +163,8 @@ class Repository:
         except WrongCall:  # nothing is left there
             there = {}
         if asked and not there:
-            raise UnknownModel(model=name, models=sorted(self._live))
+            why = "; ".join(f"'{it.place}': {it.reason}" for it in self.misplaced() if it.name == name)
+            raise UnknownModel(model=name, models=sorted(self._live), why=why)
         rule, held = self._policy.of(name), set(self._aliases.get(name, {}).values())
         serving = {entry.version: entry.live for entry in before if entry.live is not None}
         refused = {entry.version: entry for entry in before if entry.live is None}
@@ -167,7 +186,11 @@ class Repository:
             return [anew] if anew.ready else [anew, _serving(live)]
 
         kept = [version for version in serving if not asked or version in held]
-        return tuple(_wanted({*there, *kept, *rule.names, *held}, rule, held, look))
+        try:
+            return tuple(_wanted({*there, *kept, *rule.names, *held}, rule, held, look))
+        except BaseException:
+            self.give_up(name)
+            raise
 
     def swap(self, name: str, entries: tuple[Entry, ...]) -> list[str]:
         """From now on a model is what was found of it; where nothing of that was admitted, it goes on as it was.
@@ -175,6 +198,7 @@ class Repository:
         Returns:
             The versions that go on as they were.
         """
+        self._loading.pop(name, None)
         before = self._entries.get(name, ())
         if not any(entry.ready for entry in entries):
             entries = (*entries, *(entry for entry in before if entry.ready))
@@ -313,21 +337,28 @@ class Repository:
         return UnknownVersion(model=name, version=alias, serving=self.versions(name))
 
     def _load(self, found: Found) -> Entry:
-        return _load_tried(found, self._placement, self._settings)
+        self._loading[found.name] = (*self._loading.get(found.name, ()), found.version)
+        _log.info("%s/%s is being loaded beside what is served", found.name, found.version)
+        start_s = time.monotonic()
+        entry = _load_tried(found, self._placement, self._settings)
+        became = "admitted" if entry.ready else "refused"
+        _log.info("%s/%s was %s after %.1f s", found.name, found.version, became, time.monotonic() - start_s)
+        return entry
 
 
 def load(
     path: Path,
     placement: Placement,
     settings: Settings,
-    tell: Callable[[Entry], None] = lambda _: None,
+    *,
     begin: Callable[[Found], None] = lambda _: None,
+    tell: Callable[[Entry], None] = lambda _: None,
 ) -> Repository:
     """Admit those versions of each model under `path` that are to be live.
 
     Args:
+        begin: is called with each version before it is loaded.
         tell: is called with each version as soon as it is decided.
-        begin: is called with each that is there before it is read.
 
     Raises:
         WrongCall: there is nothing that could be a model, or its aliases cannot be read.
@@ -343,9 +374,11 @@ def load(
 
         def look(version: str, name: str = name, there: Mapping[str, Found] = there) -> list[Entry]:
             found = there.get(version)
-            if found is not None:
+            if found is None:
+                entry = _missing(name, version)
+            else:
                 begin(found)
-            entry = _missing(name, version) if found is None else load_bounded(found, placement, settings)
+                entry = load_bounded(found, placement, settings)
             tell(entry)
             return [entry]
 
@@ -370,6 +403,7 @@ def load_these(
         return []
     entries = []
     for found in there:
+        _log.info("%s/%s is being loaded", found.name, found.version)
         begin(found)
         entries.append(load_bounded(found, placement, settings))
     return entries

@@ -8,6 +8,8 @@ Rule 2: a version is loaded when two looks in a row find it the same, and other 
 Rule 3: what begins with a dot is being written, and is not there yet.
 Rule 4: a folder that cannot be read changes nothing. That is said once, and again when it can be read.
 Rule 5: no clock is compared with a file's: its time is a mark that is the same or another.
+Rule 6: what lies where it cannot be served is said once, when two looks in a row find it so; what was so at the start
+        is said there.
 """
 
 from __future__ import annotations
@@ -16,16 +18,26 @@ import asyncio
 import logging
 import os
 import stat
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, final
 
+from service.aside import aside
 from service.errors import EvalmodeError, LoadRefused
-from service.places import MODEL_FILE, NAME_PATTERN, only_file, plain_name, safe_name, version_called
+from service.places import (
+    MODEL_FILE,
+    NAME_PATTERN,
+    Misplaced,
+    layout,
+    misplaced,
+    only_file,
+    plain_name,
+    safe_name,
+    version_called,
+)
 
 Key = tuple[str, str]
 """Model and version."""
@@ -43,6 +55,7 @@ class Seen:
     versions: Mapping[Key, Marks] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """Why, by model; what is in there is not known. '' is all that is served."""
+    misplaced: Sequence[Misplaced] = field(default_factory=list)
 
 
 def look(path: Path, *, called: str = "") -> Seen:
@@ -52,12 +65,12 @@ def look(path: Path, *, called: str = "") -> Seen:
     try:
         if not stat.S_ISDIR(os.stat(path).st_mode):
             versions[plain_name(path), "1"] = (_mark(path, path.name),)
-        elif (marks := _marks(path)) is not None:
+        elif (kind := layout(path)) == "bundle" and (marks := _marks(path)) is not None:
             whole = path.resolve()
             versions[safe_name(whole.parent.name), safe_name(whole.name)] = marks
-        elif own := dict(_versions(path)):
+        elif kind == "model":
             name = safe_name(path.resolve().name)
-            versions |= {(name, version): marks for version, marks in own.items()}
+            versions |= {(name, version): marks for version, marks in _versions(path)}
         else:
             for model in _folders(path):
                 try:
@@ -73,7 +86,7 @@ def look(path: Path, *, called: str = "") -> Seen:
     if called:
         versions = {(called, version_called(path, version)): marks for (_, version), marks in versions.items()}
         unreadable = {called if model else "": why for model, why in unreadable.items()}
-    return Seen(versions=versions, unreadable=unreadable)
+    return Seen(versions=versions, unreadable=unreadable, misplaced=misplaced(path, called=called))
 
 
 def _versions(model: str | Path) -> Iterator[tuple[str, Marks]]:
@@ -180,14 +193,18 @@ class Watcher:
         self._called = called
         self._every_s = every_s
         self._unreadable: Mapping[str, str] = {}
-        self._watch = Watch(look(path, called=called) if every_s else Seen())
+        first = look(path, called=called) if every_s else Seen()
+        self._misplaced = self._misplaced_and_told = first.misplaced
+        self._watch = Watch(first)
 
     async def run(self, load: Load) -> None:
         """Has `load` done whatever is new, until cancelled."""
         while self._every_s:
             await asyncio.sleep(self._every_s)
-            seen = await _in_a_thread(lambda: look(self._path, called=self._called))
+            seen = await aside(lambda: look(self._path, called=self._called))
             self._tell(seen.unreadable)
+            if not seen.unreadable:
+                self._tell_misplaced(seen.misplaced)
             for model, versions in self._watch.plan(seen).items():
                 await self._have_loaded(load, model, versions)
 
@@ -216,23 +233,12 @@ class Watcher:
             _log.warning("'%s' can be read again", self._place(model))
         self._unreadable = dict(unreadable)
 
+    def _tell_misplaced(self, found: Sequence[Misplaced]) -> None:
+        for one in found:
+            if one in self._misplaced and one not in self._misplaced_and_told:
+                _log.warning("'%s' is not served: %s", one.place, one.reason)
+        self._misplaced_and_told = [it for it in found if it in self._misplaced or it in self._misplaced_and_told]
+        self._misplaced = found
+
     def _place(self, model: str) -> Path:
         return self._path / model if model and not self._called else self._path
-
-
-async def _in_a_thread(work: Callable[[], Seen]) -> Seen:
-    """Of its own, that may hang, and that nobody waits for when the process ends."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Seen] = loop.create_future()
-
-    def finish(seen: Seen) -> None:
-        if not done.done():
-            done.set_result(seen)
-
-    def run() -> None:
-        seen = work()
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(finish, seen)
-
-    threading.Thread(target=run, name="watch", daemon=True).start()
-    return await done

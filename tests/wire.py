@@ -128,8 +128,11 @@ class Client:
             self.send(packet)
             self._served.wait_until_read(self.name, self._sent_bytes)
 
-    def answer(self) -> Answer:
+    def answer(self, *, head_only: bool = False) -> Answer:
         """The next one.
+
+        Args:
+            head_only: no body follows, whatever its length is said to be.
 
         Raises:
             EOFError: the server has closed the connection.
@@ -139,7 +142,7 @@ class Client:
             raise EOFError
         _, status, _ = line.split(b" ", 2)
         headers = http.client.parse_headers(self._file).items()
-        size = int(dict(headers).get("content-length", 0))
+        size = 0 if head_only else int(dict(headers).get("content-length", 0))
         body = self._file.read(size)
         assert len(body) == size, "the connection ended within an answer"
         return Answer(status=int(status), headers=tuple(headers), body=body)

@@ -38,6 +38,7 @@ import onnx.inliner
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from service.graph.parts import copied, outline
 from service.graph.scan import LAYER_KEY, BatchNorm, layer_of, scan
 
 __all__ = ["MOST_ROUNDING", "Fold", "Folded", "fold"]
@@ -454,8 +455,7 @@ class _Graph:
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = onnx.ModelProto()
-        self.model.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
+        self.model = copied(onnx.inliner.inline_local_functions(model) if model.functions else model)
         self.opset = next((entry.version for entry in model.opset_import if entry.domain in _AI_ONNX), 1)
         graph = self.model.graph
         self.outputs = {value.name for value in graph.output}
@@ -573,7 +573,8 @@ class _Graph:
         graph.node.extend(nodes)
         _keep(graph.initializer, lambda tensor: tensor.name not in self._freed)
         for name, (values, data_type) in self._made.items():
-            graph.initializer.append(numpy_helper.from_array(values.astype(_DTYPES[data_type]), name))
+            content = values.astype(_DTYPES[data_type].newbyteorder("<")).tobytes()
+            graph.initializer.add(name=name, data_type=data_type, dims=values.shape, raw_data=content)
         gone = self._given - _own_names(graph)
         _keep(graph.value_info, lambda value: value.name not in gone)
         if self._made:
@@ -598,7 +599,7 @@ class _Graph:
 
 def _shapes(model: onnx.ModelProto) -> dict[str, Shape]:
     """What is known of the shapes; folding changes none of them."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    graph = onnx.shape_inference.infer_shapes(outline(model), data_prop=True).graph
     return {
         value.name: tuple(
             side.dim_value if side.HasField("dim_value") else None for side in value.type.tensor_type.shape.dim

@@ -137,6 +137,7 @@ class Worker:
         """Serve what all agreed on, or, where that is nothing, forget what was admitted; which versions go on."""
         candidates = {entry.version: entry for entry in self._candidates.pop(model, ()) if entry.ready}
         if verdicts is None:
+            self._repository.give_up(model)
             return []
         agreed = [Verdict(**verdict) for verdict in verdicts]
         return self._repository.swap(

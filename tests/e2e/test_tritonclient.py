@@ -393,9 +393,10 @@ def test_methods(serve: Serve, tmp_path: Path) -> None:
         assert (status, headers["allow"]) == (405, "POST"), method
         assert (body == b"") == (method == "HEAD")
     for path in ("/v2", "/v2/health/live", "/v2/models/norm", "/v2/models/norm/stats"):
-        for method in ("POST", "HEAD", "OPTIONS", "DELETE"):
+        for method in ("POST", "OPTIONS", "DELETE"):
             status, headers, _ = exchange(serving, bare(method, path))
-            assert (status, headers["allow"]) == (405, "GET"), (method, path)
+            assert (status, headers["allow"]) == (405, "GET, HEAD"), (method, path)
+        assert exchange(serving, bare("HEAD", path))[::2] == (200, b""), path
     for method in ("BREW", "post"):
         status, headers, body = exchange(serving, bare(method, "/v2/models/norm/infer", BODY))
         assert (status, headers["content-type"]) == (400, "application/json"), method

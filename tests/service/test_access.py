@@ -495,7 +495,7 @@ def test_the_document_says_how_to_come_in(repository: Repository, keys: Keys, lo
         for operation in operations.values():
             open_to_all = right_of(path) is None
             assert operation.get("security") == ([] if open_to_all else None)
-            assert ("401" in operation["responses"]) is not open_to_all
+            assert ({"401", "403"} <= operation["responses"].keys()) is not open_to_all
     plain = ask(repository, "GET", "/openapi.json").json()
     assert "security" not in plain
     assert "securitySchemes" not in plain["components"]

@@ -11,6 +11,7 @@ from service import canary as canaries
 from service.canary import Canary
 from service.coalescing import Coalescer
 from service.errors import NotReady
+from service.statistics import Statistics
 from tests.fakes import FakeRuntime
 from tests.service.test_coalescing import accepted, submitted
 
@@ -93,6 +94,32 @@ def test_a_model_that_fails_on_what_it_could_is_not_ready() -> None:
             await one.check()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("at_once")
+def test_no_statistics_know_of_the_sample() -> None:
+    """Alone, and in a batch with requests of others, which are counted."""
+    runtime, statistics = FakeRuntime(), Statistics()
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=8, inline_rows=0, statistics=statistics)
+        one = Canary(coalescer, accepted(1), run_s=0.0)
+        await one.check()
+        assert statistics.document(name="m", version="1")["execution_count"] == 0
+        runtime.run_s = 0.05
+        runtime.started.clear()
+        running = submitted(coalescer, accepted(0))
+        await asyncio.to_thread(runtime.started.wait)
+        asked = asyncio.create_task(one.check())
+        await asyncio.sleep(0)
+        await asyncio.gather(running, submitted(coalescer, accepted(0)), asked)
+
+    asyncio.run(scenario())
+    assert runtime.batches == [1, 1, 2]
+    said = statistics.document(name="m", version="1")
+    assert (said["inference_count"], said["execution_count"]) == (2, 2)
+    assert said["inference_stats"]["compute_infer"]["count"] == 2
+    assert statistics.counts.batch_rows.sum == 2
 
 
 @pytest.mark.usefixtures("at_once")

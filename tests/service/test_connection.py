@@ -1011,6 +1011,50 @@ def test_what_is_not_http_is_answered_as_every_error_is(served: Served, content:
         served.until_connections(0)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"FOO /v2 HTTP/1.1\r\n\r\n", "method 'FOO' is not known"),
+        (b"get /v2 HTTP/1.1\r\n\r\n", "method 'get' is not known"),
+        (b"FOO", "its method is not known"),
+        (NOT_HTTP["TLS"], "its method is not known"),
+    ],
+    ids=["unknown", "small letters", "cut off", "no text"],
+)
+def test_a_method_that_nobody_knows_is_named(served: Served, content: bytes, said: str) -> None:
+    """With those that are known; where it is not all here, without its name."""
+    with served.connect() as client:
+        refusal = client.ask(content)
+        assert is_refused(refusal, 400, "bad_request")
+        assert refusal.said["error"] == (
+            f"the request is not valid HTTP/1.1: {said}; GET, HEAD, POST, PUT and DELETE are, in capitals"
+        )
+
+
+GET_ROUTES = [
+    "/v2",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/v2/models/norm",
+    "/v2/models/norm/ready",
+    "/metrics",
+    "/docs",
+]
+
+
+@pytest.mark.parametrize("path", [*GET_ROUTES, "/v2/models/nobody", "/nowhere"])
+def test_head_is_get_without_its_body(served: Served, path: str) -> None:
+    """The same status and headers, and the connection goes on; also for what is refused."""
+    with served.connect() as client:
+        whole = client.ask(message(path, method="GET"))
+        client.send(message(path, method="HEAD"))
+        head = client.answer(head_only=True)
+        assert head.status == whole.status == (200 if path in GET_ROUTES else 404)
+        if path != "/metrics":  # it has another length each time
+            assert head.without_chance.headers == whole.without_chance.headers
+        assert client.ask(SMALL.declared()).status == 200
+
+
 def test_nonsense_is_answered_after_what_came_before_it(held: tuple[Served, Held]) -> None:
     """Or not at all: the first answer belongs to the first request."""
     served, runtime = held

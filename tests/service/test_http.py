@@ -249,6 +249,24 @@ def test_a_body_over_the_limit_is_not_read_to_its_end(repository: Repository, de
     assert chunks_read == read
 
 
+@pytest.mark.parametrize("path", ["/v2", "/metrics", "/docs", "/nowhere"])
+def test_head_has_no_body_whatever_the_server_makes_of_one(repository: Repository, path: str) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "HEAD", "path": path, "headers": [], "query_string": b""}
+    asyncio.run(create_app(repository, Settings())(scope, receive, send))
+    start, *rest = sent
+    assert int(dict(start["headers"])[b"content-length"]) > 0
+    assert rest
+    assert not any(message["body"] for message in rest)
+
+
 def test_every_answer_has_a_request_id(repository: Repository) -> None:
     """The caller's own if it sent one that is safe to write in a log, else a new one, on every route."""
     assert post(repository, "/predict", SAMPLE, x_request_id="abc-1").headers["x-request-id"] == "abc-1"

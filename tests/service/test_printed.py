@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 
+from service import repository as repositories
+from service.loading import loaded
 from service.printed import LONGEST_CALL, announcement
 from service.protocol import v2
-from service.repository import Repository, load
+from service.repository import Entry, Repository, load
 from service.runtime import place
 from service.settings import Settings
 from tests import graphs
+from tests.bundles import write_table_bundle
 
 
 def image_model(folder: Path) -> Path:
@@ -42,6 +47,27 @@ def test_the_call_for_an_image_is_a_line_that_sends_zeros(tmp_path: Path) -> Non
     body = subprocess.run(["sh", "-c", producer], capture_output=True, check=True, timeout=10).stdout
     request = v2.parse(live, body, length)
     np.testing.assert_array_equal(request.accepted.tensors[0], np.zeros((1, 3, 40, 50), np.float32))
+
+
+def test_each_version_is_named_before_it_is_loaded_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large one takes long, and nothing answers meanwhile. What lies wrong comes last."""
+    write_table_bundle(tmp_path, name="credit", version="7")
+    (tmp_path / "my net").mkdir()
+    load_bounded, heard = repositories.load_bounded, ""
+
+    def noting(*arguments: Any) -> Entry:
+        nonlocal heard
+        heard = capsys.readouterr().out
+        return load_bounded(*arguments)
+
+    monkeypatch.setattr(repositories, "load_bounded", noting)
+    loaded(tmp_path, Settings(threads=1, max_batch_rows=2, device="cpu", admission_limit_s=45))
+    assert heard.splitlines()[1] == "  credit/7  loading 0.0 MB, for at most 45 s"
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == "  credit/7  ready"
+    assert last.startswith("  my net  NOT SERVED  this cannot be a model's name; use letters")
 
 
 def test_with_nothing_left_to_serve_the_index_is_named(tmp_path: Path) -> None:

@@ -245,3 +245,54 @@ def test_what_workers_refused_together_leaves_what_is_served(tmp_path: Path) -> 
     assert repository.swap("credit", (torn,)) == ["1"]
     assert repository.live("credit") is serving
     assert [(entry.version, entry.state) for entry in repository.entries] == [("2", "UNAVAILABLE"), ("1", "READY")]
+
+
+def test_what_is_being_loaded_is_in_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LOADING until it is swapped in, beside what is served; a version that is served stays READY."""
+    write_table_bundle(tmp_path, name="credit", version="1")
+    repository = loaded(tmp_path)
+    write_table_bundle(tmp_path, name="credit", version="2")
+    seen: list[list[tuple[str, str]]] = []
+
+    def index() -> list[tuple[str, str]]:
+        return [(one["version"], one["state"]) for one in ask(repository, "POST", "/v2/repository/index").json()]
+
+    def trying(*_: object) -> str:
+        seen.append(index())
+        return "refused for the test" if len(seen) > 2 else ""
+
+    monkeypatch.setattr("service.repository.tried", trying)
+    entries = repository.admit("credit")
+    assert index() == [("2", "LOADING"), ("1", "READY")]
+    repository.swap("credit", entries)
+    assert repository.loading == set()
+    assert index() == [("2", "READY")]
+    repository.swap("credit", repository.admit("credit"))
+    write_table_bundle(tmp_path, name="credit", version="3")
+    assert not repository.admit("credit")[0].ready
+    repository.give_up("credit")
+    assert index() == [("2", "READY")]
+    assert seen == [[("2", "LOADING"), ("1", "READY")], [("2", "READY")], [("3", "LOADING"), ("2", "READY")]]
+
+
+def test_a_load_that_breaks_is_no_load_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table_bundle(tmp_path, name="credit")
+    repository = loaded(tmp_path)
+    write_table_bundle(tmp_path, name="credit", version="2")
+
+    def breaking(*_: object) -> str:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr("service.repository.tried", breaking)
+    with pytest.raises(OSError, match="no more processes"):
+        repository.admit("credit")
+    assert repository.loading == set()
+
+
+def test_the_log_says_when_a_load_begins_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_table_bundle(tmp_path, name="credit")
+    repository = loaded(tmp_path)
+    with caplog.at_level("INFO"):
+        repository.admit("credit")
+    assert "credit/1 is being loaded beside what is served" in caplog.text
+    assert "credit/1 was admitted after " in caplog.text

@@ -98,6 +98,18 @@ def test_a_look_names_what_it_finds_as_it_is_served(tmp_path: Path) -> None:
             assert list(look(path, called=name).versions) == served
 
 
+def test_a_look_finds_what_is_found_beside_what_lies_wrong(tmp_path: Path) -> None:
+    """A model that was laid a step too high hides no others, and is said to lie wrong."""
+    bundle = write_table_bundle(tmp_path, name="credit", version="3")
+    for stray in (tmp_path / "net", tmp_path, tmp_path / "credit"):
+        stray.mkdir(exist_ok=True)
+        shutil.copy(bundle / MODEL_FILE, stray)
+        for path in (tmp_path, tmp_path / "credit", bundle):
+            assert list(look(path).versions) == [(found.name, found.version) for found in find(path)]
+            assert list(look(path).versions) == [("credit", "3")]
+    assert [it.place for it in look(tmp_path).misplaced] == ["credit/model.onnx", "model.onnx", "net/model.onnx"]
+
+
 def test_a_file_that_is_other_is_seen(tmp_path: Path) -> None:
     """Its size, or its time in any direction."""
     golden = write_table_bundle(tmp_path, name="credit") / "test_data_set_0" / "input_0.pb"
@@ -245,6 +257,31 @@ def test_a_folder_that_vanishes_is_said_once(tmp_path: Path, caplog: pytest.LogC
 
     with caplog.at_level(logging.WARNING):
         watched(models, scenario)
+
+
+def test_what_lies_wrong_is_said_once_and_served_once_it_is_right(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not in each look, and not what was there at the start, which is said there; again if it comes again."""
+    write_table_bundle(tmp_path, name="table")
+    (tmp_path / "at the start").mkdir()
+    said = "'my rate' is not served: this cannot be a model's name"
+
+    async def scenario(house: House) -> None:
+        for times in (1, 2):
+            write_table_bundle(tmp_path, name="my rate", regression=True)
+            await house.until(lambda times=times: caplog.text.count(said) == times)  # type: ignore[misc]
+            await house.several_looks()
+            assert caplog.text.count(said) == times
+            (tmp_path / "my rate").rename(tmp_path / "rate")
+            await house.until(lambda: any(live.name == "rate" for live in house.repository.models))
+            (tmp_path / "rate").rename(tmp_path / ".aside")
+            await house.several_looks()
+            shutil.rmtree(tmp_path / ".aside")
+        assert "at the start" not in caplog.text
+
+    with caplog.at_level(logging.WARNING):
+        watched(tmp_path, scenario)
 
 
 def test_a_file_system_that_hangs_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

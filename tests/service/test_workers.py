@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from service.workers.conductor import Conductor
 from service.workers.supervisor import pause_s
 from service.workers.tally import Tally
 from service.workers.verdicts import TORN, Verdict, joint, settled
-from service.workers.worker import OneOfSeveral
+from service.workers.worker import OneOfSeveral, Worker
+from tests.asking import loaded
+from tests.bundles import write_table_bundle
 
 
 def ready(version: str, digest: str = "a1") -> Verdict:
@@ -529,6 +532,24 @@ def test_a_worker_that_dies_half_way_harms_nobody(question: str) -> None:
         await part(one, other, third)
 
     run(scenario)
+
+
+def test_what_a_worker_admits_is_being_loaded_until_all_have_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On what it admitted, on the refusal of another one, or on nothing."""
+    monkeypatch.setattr("service.repository.tried", lambda *_: "")
+    write_table_bundle(tmp_path, name="credit")
+    with socket.socket() as listening:
+        worker = Worker(listening)
+        worker._repository = repository = loaded(tmp_path)
+        write_table_bundle(tmp_path, name="credit", version="2")
+        for verdicts in (None, [asdict(refused("2"))], [asdict(ready("2"))]):
+            worker._admit("credit", None)
+            assert repository.loading == {("credit", "2")}
+            worker._settle("credit", verdicts)
+            assert repository.loading == set()
+        assert repository.only().version == "2"
 
 
 def test_changes_take_turns() -> None:
