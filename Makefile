@@ -37,6 +37,7 @@ bench: $(DEV)/installed ## What is claimed, measured
 	$(DEV)/bin/python -m benchmarks.export_large
 	$(DEV)/bin/python -m benchmarks.steady
 	$(DEV)/bin/python -m benchmarks.chaos
+	$(DEV)/bin/python -m benchmarks.faults
 	$(DEV)/bin/python -m benchmarks.serving
 
 soak: $(DEV)/installed ## Half an hour of everything at once: broken requests, new versions, kills, bursts

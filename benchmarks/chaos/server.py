@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +60,14 @@ class Server:
 
 
 @contextmanager
-def serving(models: Path, *, workers: int, log: Path) -> Iterator[Server]:
-    """Serve a repository until the block ends.
+def serving(models: Path, *, workers: int, log: Path, flags: Sequence[str] = ()) -> Iterator[Server]:
+    """Serve a repository until the block ends, unless it was ended before.
 
     Args:
         log: what the server prints.
     """
     command = [sys.executable, "-m", "service.cli", "serve", str(models), "--port", "0", "--workers", str(workers)]
-    command += ["--body-limit-bytes", str(BODY_LIMIT_BYTES), "--max-queue-rows", "100000"]
+    command += ["--body-limit-bytes", str(BODY_LIMIT_BYTES), "--max-queue-rows", "100000", *flags]
     with log.open("wb") as printed:
         process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
     try:

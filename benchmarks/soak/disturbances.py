@@ -103,7 +103,7 @@ class Turning:
 
 @final
 class Killing:
-    """Ends a worker, hard."""
+    """Ends a worker, or the spare, hard."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
