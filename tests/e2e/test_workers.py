@@ -210,6 +210,19 @@ def test_a_killed_worker_is_replaced_while_the_other_serves(serve: Serve, models
     assert {answer.status_code for answer in everywhere(serving, "GET", "/v2/models/rate/ready")} == {503}
 
 
+def test_a_spare_that_died_is_not_counted_on(serve: Serve, models: Path) -> None:
+    """A worker that dies then is replaced by a new process, at the first attempt, and there is a spare again."""
+    serving = serve(models, "--workers", "2")
+    until(lambda: len(children(serving.process.pid)) == PROCESSES)
+    *workers, spare = sorted(children(serving.process.pid))
+    for killed in (spare, workers[0]):
+        os.kill(killed, signal.SIGKILL)
+        until(lambda killed=killed: not lives(killed))  # type: ignore[misc]
+    until(lambda: len(children(serving.process.pid)) == PROCESSES)
+    everywhere(serving, "POST", PREDICT, SAMPLE)
+    assert "evalmode_worker_restarts_total 1.0" in ask(serving, "GET", "/metrics").text
+
+
 async def soon(true: Callable[[], bool]) -> None:
     for _ in range(600):
         if true():
