@@ -38,6 +38,7 @@ bench: $(DEV)/installed ## What is claimed, measured
 	$(DEV)/bin/python -m benchmarks.export_large
 	$(DEV)/bin/python -m benchmarks.steady
 	$(DEV)/bin/python -m benchmarks.chaos
+	$(DEV)/bin/python -m benchmarks.faults
 	$(DEV)/bin/python -m benchmarks.overload
 	$(DEV)/bin/python -m benchmarks.serving
 

@@ -103,7 +103,7 @@ def _holding(process: psutil.Process) -> Holding:
 
 @contextmanager
 def serving(models: Path, *, workers: int, log: Path, options: Sequence[str] = OPTIONS) -> Iterator[Server]:
-    """Serve a repository until the block ends.
+    """Serve a repository until the block ends, unless it was ended before.
 
     Args:
         log: what the server prints.

@@ -106,7 +106,7 @@ class Turning:
 
 @final
 class Killing:
-    """Ends a worker, hard, and no more after a while, so that those that are left can be looked at as they grow old."""
+    """Ends a worker, or the spare, hard; and no more after a while, so that those left can be seen to grow old."""
 
     def __init__(self, server: Server, *, until_s: float) -> None:
         self._server = server

@@ -4,7 +4,9 @@ Rule 1: it never serves and never loads a model; it holds the socket, so that co
 Rule 2: a worker that ends is replaced, and so is one that hangs, with growing pauses where that does not help; when
     none at all can be started, the supervisor says why and ends. Nobody listens who cannot serve all that the others
     do: that is tried again and again until it can, and the others go on meanwhile.
-Rule 3: workers have sessions of their own, so a signal reaches them only through the supervisor; when that is gone,
+Rule 3: beside those that serve, a spare waits that has imported what a worker needs, and knows no model: so a dead one
+    is replaced in a third of the time of a start. Another spare is begun when all serve again.
+Rule 4: workers have sessions of their own, so a signal reaches them only through the supervisor; when that is gone,
     they see their channel end and stop.
 """
 
@@ -12,10 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,8 +24,9 @@ from typing import final
 from service.errors import EvalmodeError, Refused
 from service.settings import Settings
 from service.watching import Watcher
-from service.workers.channel import Answer, Channel, Facts, Gone
+from service.workers.channel import Gone
 from service.workers.conductor import Conductor
+from service.workers.process import Process
 
 STEADY_S = 10.0
 """A worker that served this long did not fail at its start."""
@@ -56,7 +57,8 @@ class Supervisor:
         self._path = path
         self._facts = {"path": str(path), "settings": settings.model_dump(mode="json")}
         self._conductor = Conductor()
-        self._processes: set[asyncio.subprocess.Process] = set()
+        self._workers: set[Process] = set()
+        self._spare: asyncio.Task[Process] | None = None
         self._announced = False
         self._stop_signal = signal.SIGTERM
         """What workers are stopped with: they take their time for SIGTERM."""
@@ -74,8 +76,8 @@ class Supervisor:
 
         def end(signum: signal.Signals) -> None:
             if stop.is_set():  # the second time: what is being answered is given up, or the delay
-                for process in self._processes:
-                    process.send_signal(signal.SIGKILL if signum == signal.SIGINT else signum)
+                for worker in self._workers:
+                    worker.send(signal.SIGKILL if signum == signal.SIGINT else signum)
             self._stop_signal = signum
             stop.set()
 
@@ -90,6 +92,9 @@ class Supervisor:
         self._stopping = stop.is_set()
         for task in tasks:
             task.cancel()
+        if self._spare is not None:
+            with suppress(OSError):  # it could not be started
+                await self._dismissed(await self._spare)
         await asyncio.wait(tasks)
         for ended in done - {stopped}:
             ended.result()
@@ -127,76 +132,71 @@ class Supervisor:
 
     async def _one(self, *, first: bool) -> tuple[float, str]:
         """Run a worker to its end; how long it served, and why it ended."""
-        loading = ""
-
-        async def answer(question: str, facts: Facts) -> object:
-            nonlocal loading
-            if question == "begin":
-                loading = facts["what"]
-                return None
-            return await self._conductor.answer(question, facts)
-
-        process, channel = await self._started(answer)
+        try:
+            worker = await self._taken()
+        except OSError as error:  # no memory for another process, or too many of them
+            return 0.0, f"cannot be started: {error.strerror}"
         serves_from_s: float | None = None
         why = ""
         try:
-            said = await self._conductor.join(channel, first=first, **self._facts)
+            said = await self._conductor.join(worker.channel, first=first, **self._facts)
             serves_from_s = time.monotonic()
-            loading = ""
-            self._announce(said["announcement"])
-            why = await self._watched(process, channel)
+            worker.loading = ""
+            self._complete(said["announcement"])
+            why = await self._watched(worker)
         except Gone:
-            await process.wait()
+            await worker.wait()
         except EvalmodeError as error:
             if not self._conductor.decided:
                 raise
-            why, loading = f"cannot serve: {error}", ""
+            why = f"cannot serve: {error}"
         finally:
-            self._conductor.leave(channel)
-            if process.returncode is None:
-                process.send_signal(signal.SIGTERM if serves_from_s is None else self._stop_signal)
-            code = await process.wait()
-            await channel.close()
-            self._processes.discard(process)
-            if self._stopping and code > 0:
+            self._conductor.leave(worker.channel)
+            ended = await self._dismissed(worker, signal.SIGTERM if serves_from_s is None else self._stop_signal)
+            if self._stopping and worker.failed:
                 self._unfinished += 1
-        served_s = 0.0 if serves_from_s is None else time.monotonic() - serves_from_s
-        if not why:
-            why = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return served_s, f"{why} while it loaded {loading}" if loading else why
+        return 0.0 if serves_from_s is None else time.monotonic() - serves_from_s, why or ended
 
-    async def _watched(self, process: asyncio.subprocess.Process, channel: Channel) -> str:
+    async def _watched(self, worker: Process) -> str:
         """Wait for the end of a worker, and end one that does not even say that it is there; why it was ended."""
-        while process.returncode is None:
+        while not worker.ended:
             try:
-                await asyncio.wait_for(channel.ask("ping"), HUNG_S)
+                await asyncio.wait_for(worker.channel.ask("ping"), HUNG_S)
             except TimeoutError:
-                process.kill()
+                worker.send(signal.SIGKILL)
                 return f"said nothing for {HUNG_S:.0f} s and was ended"
             with suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), PING_S)
+                await asyncio.wait_for(worker.wait(), PING_S)
         return ""
 
-    async def _started(self, answer: Answer) -> tuple[asyncio.subprocess.Process, Channel]:
-        ours, its = socket.socketpair()
-        with its:
-            inherited = (its.fileno(), self._listening.fileno())
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # the user's folder is no place to import from: it may have a `service` of its own
-                "-m",
-                "service.workers.start_worker",
-                *map(str, inherited),
-                pass_fds=inherited,
-                stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                start_new_session=True,
-            )
-        self._processes.add(process)
-        return process, await Channel.over(ours, answer)
+    async def _taken(self) -> Process:
+        """The spare, or where there is none that lives, a new process."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            worker = await spare
+            if not worker.ended:
+                return worker
+            await self._dismissed(worker)
+        return await self._started()
 
-    def _announce(self, said: str) -> None:
-        """Once, when all serve."""
-        if not self._announced and len(self._conductor.workers) == self._settings.workers:
+    async def _started(self) -> Process:
+        worker = await Process.started(self._listening, self._conductor.answer)
+        self._workers.add(worker)
+        return worker
+
+    async def _dismissed(self, worker: Process, signum: signal.Signals = signal.SIGTERM) -> str:
+        """Have a process end, if it has not; how it did."""
+        try:
+            return await worker.end(signum)
+        finally:
+            self._workers.discard(worker)
+
+    def _complete(self, said: str) -> None:
+        """When all serve: there will be a spare, and the first time it is said."""
+        if len(self._conductor.workers) < self._settings.workers:
+            return
+        if self._spare is None:
+            self._spare = asyncio.create_task(self._started())
+        if not self._announced:
             self._announced = True
             print(said, flush=True)

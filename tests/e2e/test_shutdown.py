@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import signal
-import socket
-import threading
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
+from benchmarks.faults.faults import ended
 from tests.bundles import SAMPLE, write_table_bundle
-from tests.conftest import Serve, Serving
+from tests.conftest import Serve
 
 pytestmark = pytest.mark.e2e
 
-CLIENTS = 12
 
 ROOT = Path(__file__).parent.parent.parent
 NEVER, SLOWLY = 666, 333
@@ -47,77 +42,13 @@ coalescing.Coalescer.__init__ = in_threads
 and the end is not waited for as long as it is."""
 
 
-class Client(threading.Thread):
-    """Asks one sample after the other, on a new connection where the last was closed, until nobody accepts any more."""
-
-    def __init__(self, serving: Serving, *, stays: bool) -> None:
-        super().__init__(daemon=True)
-        there = urlsplit(serving.address)
-        self._address = (there.hostname or "", there.port or 0)
-        self._stays = stays
-        body = json.dumps(SAMPLE).encode()
-        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-        self._request = (head + ("" if stays else "Connection: close\r\n") + "\r\n").encode() + body
-        self.answered = 0
-        self.lost: list[str] = []
-
-    def run(self) -> None:
-        while True:
-            try:
-                connection = socket.create_connection(self._address, timeout=10)
-            except ConnectionError:
-                return
-            with connection:
-                while self._asked(connection) and self._stays:
-                    pass
-
-    def _asked(self, connection: socket.socket) -> bool:
-        """Send a request; whether another may be sent on this connection."""
-        try:
-            connection.sendall(self._request)
-            answer = b""
-            while not whole(answer):
-                part = connection.recv(65536)
-                if not part:
-                    self.lost.append(f"closed after {answer!r}")
-                    return False
-                answer += part
-        except OSError as error:
-            self.lost.append(repr(error))
-            return False
-        if not answer.startswith(b"HTTP/1.1 200 "):
-            self.lost.append(repr(answer[:200]))
-        self.answered += 1
-        return b"connection: close" not in answer
-
-
-def whole(answer: bytes) -> bool:
-    """It has as many bytes as its head says."""
-    head, _, body = answer.partition(b"\r\n\r\n")
-    length = re.search(rb"content-length: (\d+)", head)
-    return length is not None and len(body) == int(length[1])
-
-
-def under_load(serving: Serving) -> list[Client]:
-    clients = [Client(serving, stays=i % 3 > 0) for i in range(CLIENTS)]
-    for client in clients:
-        client.start()
-    time.sleep(0.5)
-    return clients
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("turn", range(2))
-def test_nothing_that_was_accepted_is_lost(serve: Serve, tmp_path: Path, workers: str, turn: int) -> None:
-    write_table_bundle(tmp_path)
-    serving = serve(tmp_path, "--workers", workers, "--shutdown-delay-s", "0.5")
-    clients = under_load(serving)
-    serving.process.send_signal(signal.SIGTERM)
-    assert serving.process.wait(timeout=20) == 0
-    for client in clients:
-        client.join(timeout=10)
-    assert [client.lost for client in clients] == [[]] * CLIENTS
-    assert all(client.answered > 10 for client in clients)
+def test_nothing_that_was_accepted_is_lost(tmp_path: Path, workers: int, turn: int) -> None:
+    write_table_bundle(tmp_path / "models")
+    end = ended(tmp_path / "models", SAMPLE, tmp_path / "log", workers=workers)
+    assert end.faults == []
+    assert end.answered > 100
 
 
 def test_it_is_not_ready_first(serve: Serve, tmp_path: Path) -> None:
