@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import Counter
@@ -28,9 +29,8 @@ WARM_UP = 500
 GROWTH_MB = 32.0
 """For each process, what an allocator may keep; a leak of 10 kB for each of 10,000 requests is three times that."""
 
-
-POOL_THREADS = 6
-"""For each process, that its pool may not have needed before."""
+POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)
+"""For each process, that its pool may not have needed before: as many as asyncio's has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Report:
     def faults(self) -> list[str]:
         """Everything that is not as it should be."""
         before, after = self.before, self.after
-        found = list(self.outcome.failures)
+        found = [failure.said for failure in self.outcome.failures]
         found += [
             f"{name}: {getattr(before, name)} before, {getattr(after, name)} afterwards"
             for name, more in (

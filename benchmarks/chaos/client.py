@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import final
 
 from benchmarks.chaos.requests import Attempt
@@ -30,13 +32,30 @@ Drawn = tuple[int, str, Attempt]
 """Its number and kind."""
 
 
+class Cause(StrEnum):
+    """Why something is a failure."""
+
+    WRONG = "a wrong answer"
+    STATUS = "an unexpected status"
+    SILENCE = "no answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One of them."""
+
+    cause: Cause
+    said: str
+    at_s: float = field(default_factory=time.monotonic)
+
+
 @dataclass(slots=True)
 class Outcome:
     """What came back of everything that was sent."""
 
     statuses: dict[str, Counter[str]] = field(default_factory=dict)
     """By kind; `closed`, `silent` and `left` among them."""
-    failures: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
 
     def count(self, kind: str, status: str) -> None:
         self.statuses.setdefault(kind, Counter())[status] += 1
@@ -53,8 +72,8 @@ def send_all(port: int, drawn: Iterator[Drawn], *, connections: int, outcome: Ou
     async def work() -> None:
         link = Link(port)
         for number, kind, attempt in drawn:
-            if fault := await link.make(attempt, lambda status, kind=kind: outcome.count(kind, status)):  # type: ignore[misc]
-                outcome.failures.append(f"request {number} ({kind}): {fault}")
+            if failure := await link.make(attempt, lambda status, kind=kind: outcome.count(kind, status)):  # type: ignore[misc]
+                outcome.failures.append(replace(failure, said=f"request {number} ({kind}): {failure.said}"))
         link.close()
 
     async def everybody() -> None:
@@ -72,7 +91,7 @@ class Link:
         self._port = port
         self._ends: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def make(self, attempt: Attempt, count: Callable[[str], None]) -> str | None:
+    async def make(self, attempt: Attempt, count: Callable[[str], None]) -> Failure | None:
         """Send it and read what is answered; says what is wrong with that, if something is."""
         if self._ends is None:
             self._ends = await asyncio.open_connection("127.0.0.1", self._port, limit=2**22)
@@ -95,14 +114,16 @@ class Link:
             except TimeoutError:
                 self.close()
                 count(SILENT)
-                return None if attempt.may_be_silent else f"not answered within {limit_s:g} s"
+                if attempt.may_be_silent:
+                    return None
+                return Failure(Cause.SILENCE, f"not answered within {limit_s:g} s")
             count(str(status or CLOSED))
             if not keeps:
                 self.close()
-            fault = _fault(attempt, status, body, expected)
-            if fault or not keeps:
+            failure = _failure(attempt, status, body, expected)
+            if failure or not keeps:
                 self.close()
-                return fault
+                return failure
         if attempt.may_close:
             self.close()
         return None
@@ -113,14 +134,19 @@ class Link:
             self._ends = None
 
 
-def _fault(attempt: Attempt, status: int, body: bytes, expected: bytes | None) -> str | None:
-    if expected is not None:
-        if status != 200:
-            return f"answered {status or CLOSED} instead of 200: {body[:200]!r}"
-        return None if body == expected else f"the answer differs: {body[:80]!r}, not {expected[:80]!r}"
+def _failure(attempt: Attempt, status: int, body: bytes, expected: bytes | None) -> Failure | None:
     if not status:
-        return None if attempt.may_close else "the connection was closed without an answer"
-    return None if status in attempt.allowed else f"answered {status}, not {sorted(attempt.allowed)}: {body[:200]!r}"
+        fine = attempt.may_close and expected is None
+        return None if fine else Failure(Cause.SILENCE, "the connection was closed without an answer")
+    if expected is None:
+        if status in attempt.allowed:
+            return None
+        return Failure(Cause.STATUS, f"answered {status}, not {sorted(attempt.allowed)}: {body[:200]!r}")
+    if status != 200:
+        return Failure(Cause.STATUS, f"answered {status} instead of 200: {body[:200]!r}")
+    if body != expected:
+        return Failure(Cause.WRONG, f"the answer differs: {body[:80]!r}, not {expected[:80]!r}")
+    return None
 
 
 async def _answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:

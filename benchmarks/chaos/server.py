@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +19,47 @@ SETTLED_S = 15.0
 """So long may it take until what clients left behind is gone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What the processes of a server hold together."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What one process holds."""
 
-    processes: int
+    pid: int
     descriptors: int
     threads: int
     connections: int
     memory_mb: float
-    """Proportional: what processes share is counted once."""
+    """Proportional: what processes share is divided among them."""
+    own_mb: float
+    """Memory that it shares with no other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the processes of a server hold."""
+
+    each: tuple[Holding, ...]
+    """The one that started the others comes first."""
+
+    @property
+    def processes(self) -> int:
+        return len(self.each)
+
+    @property
+    def descriptors(self) -> int:
+        return sum(one.descriptors for one in self.each)
+
+    @property
+    def threads(self) -> int:
+        return sum(one.threads for one in self.each)
+
+    @property
+    def connections(self) -> int:
+        return sum(one.connections for one in self.each)
+
+    @property
+    def memory_mb(self) -> float:
+        """What they share is counted once."""
+        return sum(one.memory_mb for one in self.each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +70,32 @@ class Server:
     process: psutil.Process
 
     def held(self) -> Held:
-        alive = [self.process, *self.process.children(recursive=True)]
-        connections = [c for one in alive for c in one.net_connections("tcp") if c.status != psutil.CONN_LISTEN]
-        return Held(
-            processes=len(alive),
-            descriptors=sum(one.num_fds() for one in alive),
-            threads=sum(one.num_threads() for one in alive),
-            connections=len(connections),
-            memory_mb=sum(one.memory_full_info().pss for one in alive) / 2**20,
-        )
+        each = []
+        for one in (self.process, *self.process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):  # it ended just now
+                each.append(_holding(one))
+        return Held(tuple(each))
 
-    def held_when(self, settled: Callable[[Held], bool]) -> Held:
-        """What it holds as soon as that is so; or what it still holds after `SETTLED_S`."""
-        until_s = time.monotonic() + SETTLED_S
+    def held_when(self, settled: Callable[[Held], bool], *, within_s: float = SETTLED_S) -> Held:
+        """What it holds as soon as that is so; or what it still holds after that time."""
+        until_s = time.monotonic() + within_s
         while True:
             held = self.held()
             if settled(held) or time.monotonic() > until_s:
                 return held
             time.sleep(0.1)
+
+
+def _holding(process: psutil.Process) -> Holding:
+    memory = process.memory_full_info()
+    return Holding(
+        pid=process.pid,
+        descriptors=process.num_fds(),
+        threads=process.num_threads(),
+        connections=sum(one.status != psutil.CONN_LISTEN for one in process.net_connections("tcp")),
+        memory_mb=memory.pss / 2**20,
+        own_mb=memory.uss / 2**20,
+    )
 
 
 @contextmanager

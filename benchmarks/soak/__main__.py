@@ -20,14 +20,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     asked = parser.parse_args()
-    console = Console(width=120)
+    console = Console(width=160)
     with tempfile.TemporaryDirectory() as folder:
         report = soak(Path(folder), minutes=asked.minutes, seed=asked.seed, workers=asked.workers)
     console.print(report.table())
     for fault in report.faults[:20]:
         console.print(fault, markup=False)
-    said = {"answers": report.answers, "faults": len(report.faults), "slope_mb": round(report.slope_mb, 3)}
-    print(json.dumps({"soak": said, **environment()}))
+    print(json.dumps({"soak": report.summary(), **environment()}))
     return 1 if report.faults else 0
 
 

@@ -9,23 +9,25 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import numpy as np
 import onnx
-import psutil
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.chaos.client import CLOSED, Cause, Failure
 from benchmarks.chaos.requests import INFER_PATH, infer
 from benchmarks.chaos.server import Held, Server
 
 TURNED = "turned"
 """A model `y = version * x`, so that an answer tells which version gave it."""
 
-RELOAD_S, KILL_EVERY_S, BURST_EVERY_S, BURST_S, SAMPLE_S = 5.0, 30.0, 20.0, 3.0, 2.0
+RELOAD_S, KILL_EVERY_S, BURST_EVERY_S, BURST_S, SAMPLE_S = 5.0, 20.0, 20.0, 3.0, 2.0
 BURST_CONNECTIONS = 100
+RIGHT = frozenset({200, 429})
+"""What may be answered to a good request where there are bursts."""
 
 
 @final
@@ -68,9 +70,7 @@ class Turning:
         self._folder = models / TURNED
         self._version = 0
         self.answers: Counter[str] = Counter()
-        self.cut_s: list[float] = []
-        """When there was no answer, on the clock of `time.monotonic`."""
-        self.wrong: list[str] = []
+        self.failures: list[Failure] = []
         self.add()
 
     def add(self) -> None:
@@ -89,8 +89,9 @@ class Turning:
             connection.request("POST", f"/v2/models/{TURNED}/infer", json.dumps(body))
             response = connection.getresponse()
             said = json.loads(response.read())
-        except (OSError, http.client.HTTPException):
-            self.cut_s.append(time.monotonic())
+        except (OSError, http.client.HTTPException) as error:
+            self.answers[CLOSED] += 1
+            self.failures.append(Failure(Cause.SILENCE, f"{TURNED} did not answer: {error!r}"))
             return
         finally:
             connection.close()
@@ -98,32 +99,35 @@ class Turning:
         if response.status == 200:
             version, data = int(said["model_version"]), said["outputs"][0]["data"]
             if data != [float(version * x) for x in sent]:
-                self.wrong.append(f"version {version} of {TURNED} made {data} of {sent}")
+                self.failures.append(Failure(Cause.WRONG, f"version {version} of {TURNED} made {data} of {sent}"))
+        elif response.status not in RIGHT:
+            self.failures.append(Failure(Cause.STATUS, f"{TURNED} answered {response.status}: {said}"))
 
 
 @final
 class Killing:
-    """Ends a worker, hard."""
+    """Ends a worker, hard, and no more after a while, so that those that are left can be looked at as they grow old."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *, until_s: float) -> None:
         self._server = server
+        self._until_s = until_s
         self.at_s: list[float] = []
-        """On the clock of `time.monotonic`."""
+        """On the clock of `time.monotonic`, as all times here."""
 
     def one(self) -> None:
         workers = self._server.process.children()
-        if len(workers) > 1:
+        if len(workers) > 1 and time.monotonic() < self._until_s:
             self.at_s.append(time.monotonic())
             random.choice(workers).kill()
 
 
 @final
 class Bursts:
-    """Far more at once than can be answered at once; 200 and 429 are both right."""
+    """Far more at once than can be answered at once."""
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self.cut_s: list[float] = []
+        self.failures: list[Failure] = []
         self._body = json.dumps(infer(np.zeros((64, 30), np.float32))).encode()
         self.answers: Counter[str] = Counter()
 
@@ -143,25 +147,35 @@ class Bursts:
                 response = connection.getresponse()
                 response.read()
                 self.answers[str(response.status)] += 1
-            except (OSError, http.client.HTTPException):
-                self.cut_s.append(time.monotonic())
+                if response.status not in RIGHT:
+                    self.failures.append(Failure(Cause.STATUS, f"one of a burst was answered {response.status}"))
+            except (OSError, http.client.HTTPException) as error:
+                self.answers[CLOSED] += 1
+                self.failures.append(Failure(Cause.SILENCE, f"one of a burst was not answered: {error!r}"))
             finally:
                 connection.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What is held at a time, after so many requests."""
+
+    at_s: float
+    requests: int
+    held: Held
 
 
 @final
 class Sampling:
     """What the processes of the server hold, as time goes by."""
 
-    def __init__(self, server: Server, answered: Callable[[], int]) -> None:
+    def __init__(self, server: Server, requests: Callable[[], int]) -> None:
         self._server = server
-        self._answered = answered
-        self.held: list[tuple[int, Held]] = []
-        """With the number of answers until then."""
+        self._requests = requests
+        self.samples: list[Sample] = []
 
     def one(self) -> None:
-        with suppress(psutil.Error):  # one of them is ending
-            self.held.append((self._answered(), self._server.held()))
+        self.samples.append(Sample(time.monotonic(), self._requests(), self._server.held()))
 
 
 def _times(factor: int) -> onnx.ModelProto:

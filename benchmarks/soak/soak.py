@@ -13,10 +13,10 @@ from typing import final
 import numpy as np
 from rich.table import Table
 
-from benchmarks.chaos.chaos import prepared
-from benchmarks.chaos.client import Drawn, Outcome, send_all
+from benchmarks.chaos.chaos import GROWTH_MB, POOL_THREADS, prepared
+from benchmarks.chaos.client import Cause, Drawn, Failure, Outcome, send_all
 from benchmarks.chaos.requests import attempt
-from benchmarks.chaos.server import Held, serving
+from benchmarks.chaos.server import Holding, serving
 from benchmarks.soak.disturbances import (
     BURST_EVERY_S,
     KILL_EVERY_S,
@@ -25,88 +25,164 @@ from benchmarks.soak.disturbances import (
     Bursts,
     During,
     Killing,
+    Sample,
     Sampling,
     Turning,
 )
 
 KILL_S = 3.0
-"""After a kill, what was cut short belongs to it."""
+"""After a kill, what was not answered belongs to it."""
+
+LAST_VERSION_S = 60.0
+"""So long may the last version be tried, in a process of its own, on a machine that has other work too."""
 
 CONNECTIONS = 20
 SLOPE_MB = 1.0
-"""The most that memory may grow in 100,000 answers."""
+"""The most that a process may grow in 100,000 requests to the service, where there were so many; else `GROWTH_MB`."""
 
-CUT_SHORT = ("closed", "without an answer", "not answered within", "Connection")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grown:
+    """A process that was there all the second half, in which none is killed."""
+
+    role: str
+    begun: Holding
+    """Before the first request: it, or another in its role where it took the place of one that was killed."""
+    half: Holding
+    end: Holding
+    """After the last answer, with no connection left."""
+    requests: int
+    """To the service in that time."""
+    slope_mb: float
+    """Of its own memory in 100,000 of them, by least squares."""
+
+    @property
+    def row(self) -> str:
+        return (
+            f"{self.half.own_mb:.1f} -> {self.end.own_mb:.1f} MB of its own, {self.slope_mb:+.2f} in 100,000 requests; "
+            f"descriptors {self.begun.descriptors} -> {self.end.descriptors}; "
+            f"threads {self.begun.threads} -> {self.end.threads}"
+        )
+
+    @property
+    def faults(self) -> list[str]:
+        found = []
+        growth_mb, allowed_mb = self.slope_mb, SLOPE_MB
+        if self.requests < 100_000:
+            growth_mb, allowed_mb = self.end.own_mb - self.half.own_mb, GROWTH_MB
+        if growth_mb > allowed_mb:
+            found.append(f"a {self.role} grew by {growth_mb:.2f} MB: {self.row}")
+        if self.end.descriptors > self.begun.descriptors:
+            found.append(f"a {self.role} has {self.end.descriptors} descriptors, {self.begun.descriptors} at the start")
+        if self.end.threads > self.begun.threads + POOL_THREADS:
+            found.append(f"a {self.role} has {self.end.threads} threads, {self.begun.threads} at the start")
+        return found
 
 
 @final
-class Failures(list[str]):
-    """With the time of each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.at_s: list[float] = []
-
-    def append(self, failure: str) -> None:
-        super().append(failure)
-        self.at_s.append(time.monotonic())
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What came of it."""
 
     minutes: float
-    outcome: Outcome
-    lost: Sequence[str]
-    """Not answered as they should be, or not at all, and not because of a kill."""
-    cut: int
-    """By a kill."""
-    kills: int
+    statuses: Counter[str]
+    """Of every request; `closed`, `silent` and `left` among them."""
     turned: Counter[str]
-    wrong: Sequence[str]
-    bursts: Counter[str]
-    held: Sequence[tuple[int, Held]]
+    """Of those that were sent while versions came."""
+    failures: Sequence[Failure]
+    killed_s: Sequence[float]
+    grown: Sequence[Grown]
 
     @property
-    def answers(self) -> int:
-        mixed = sum(sum(counted.values()) for counted in self.outcome.statuses.values())
-        return mixed + self.turned.total() + self.bursts.total()
+    def requests(self) -> int:
+        return self.statuses.total()
 
     @property
-    def slope_mb(self) -> float:
-        """Megabytes in 100,000 answers, by least squares over the second half: workers that were killed begin anew."""
-        half = self.held[len(self.held) // 2 :]
-        if len(half) < 3:
-            return 0.0
-        answers, memory_mb = np.array([[count, held.memory_mb] for count, held in half]).T
-        return float(np.polyfit(answers, memory_mb, 1)[0] * 100_000)
+    def cut(self) -> list[Failure]:
+        """A process that is killed cannot answer what it had taken."""
+        return [
+            failure
+            for failure in self.failures
+            if failure.cause is Cause.SILENCE
+            and any(0 <= failure.at_s - killed_s < KILL_S for killed_s in self.killed_s)
+        ]
+
+    def by_cause(self, cause: Cause) -> list[str]:
+        """What was said of those that no kill explains."""
+        cut = self.cut
+        return [failure.said for failure in self.failures if failure.cause is cause and failure not in cut]
+
+    @property
+    def wrong(self) -> list[str]:
+        return self.by_cause(Cause.WRONG)
+
+    @property
+    def lost(self) -> list[str]:
+        return self.by_cause(Cause.SILENCE)
 
     @property
     def faults(self) -> list[str]:
-        found = [*self.wrong, *self.lost]
-        if self.slope_mb > SLOPE_MB and self.answers > 100_000:
-            found.append(f"memory grew by {self.slope_mb:.2f} MB in 100,000 answers")
-        server_errors = [status for status in (*self.turned, *self.bursts) if status.startswith("5")]
-        return [*found, *(f"a burst or a reload was answered {status}" for status in server_errors)]
+        """Everything that is not as it should be."""
+        grown = [fault for one in self.grown for fault in one.faults]
+        return [*self.wrong, *self.lost, *self.by_cause(Cause.STATUS), *grown]
 
     def table(self) -> Table:
-        first, last = self.held[0][1], self.held[-1][1]
-        statuses = sum(self.outcome.statuses.values(), Counter[str]()) + self.bursts
-        table = Table("what", "how many", title=f"{self.minutes:g} minutes of everything")
+        table = Table("what", "how much", title=f"{self.minutes:g} minutes of everything")
         for what, figure in (
-            ("answers", f"{self.answers:,}"),
-            ("by status", ", ".join(f"{status}: {count:,}" for status, count in sorted(statuses.items()))),
+            ("requests", f"{self.requests:,}"),
+            ("  by status", _counted(self.statuses)),
+            ("  while versions came", _counted(self.turned)),
             ("wrong answers", f"{len(self.wrong)}"),
-            ("lost", f"{len(self.lost)}"),
-            (f"cut short by {self.kills} kills", f"{self.cut}"),
-            ("answers while versions came", ", ".join(f"{status}: {n:,}" for status, n in self.turned.items())),
-            ("memory", f"{first.memory_mb:.0f} -> {last.memory_mb:.0f} MB; {self.slope_mb:+.2f} MB in 100,000 answers"),
-            ("descriptors", f"{first.descriptors} -> {last.descriptors}"),
-            ("threads", f"{first.threads} -> {last.threads}"),
+            ("lost: no answer", f"{len(self.lost)}"),
+            ("an unexpected status", f"{len(self.by_cause(Cause.STATUS))}"),
+            (f"no answer, by {len(self.killed_s)} kills", f"{len(self.cut)}"),
+            *((one.role, one.row) for one in self.grown),
         ):
             table.add_row(what, figure)
         return table
+
+    def summary(self) -> dict[str, object]:
+        return {
+            "minutes": self.minutes,
+            "requests": self.requests,
+            "wrong": len(self.wrong),
+            "lost": len(self.lost),
+            "unexpected": len(self.by_cause(Cause.STATUS)),
+            "cut_by_kills": len(self.cut),
+            "faults": len(self.faults),
+            "slope_mb": {f"{one.role} {one.end.pid}": round(one.slope_mb, 3) for one in self.grown},
+        }
+
+
+def _counted(statuses: Counter[str]) -> str:
+    return ", ".join(f"{status}: {count:,}" for status, count in sorted(statuses.items()))
+
+
+def grown(samples: Sequence[Sample], *, since_s: float) -> list[Grown]:
+    """Each process that is in every sample since then.
+
+    Args:
+        samples: the first of them before the first request, the last after the last answer.
+    """
+    begun, late = samples[0].held.each, [sample for sample in samples if sample.at_s >= since_s]
+    by_pid = [{one.pid: one for one in sample.held.each} for sample in late]
+    stayed = [pid for pid in by_pid[-1] if all(pid in held for held in by_pid)]
+    found = []
+    for pid in stayed:
+        lives = [held[pid] for held in by_pid]
+        supervises = len(begun) > 1 and pid == begun[0].pid
+        requests = [sample.requests / 100_000 for sample in late]
+        found.append(
+            Grown(
+                role="supervisor" if supervises else "worker",
+                begun=begun[0] if supervises else begun[-1],
+                half=lives[0],
+                end=lives[-1],
+                requests=late[-1].requests - late[0].requests,
+                slope_mb=float(np.polyfit(requests, [one.own_mb for one in lives], 1)[0]),
+            )
+        )
+    return found
 
 
 def soak(folder: Path, *, minutes: float, seed: int, workers: int = 2) -> Report:
@@ -117,18 +193,21 @@ def soak(folder: Path, *, minutes: float, seed: int, workers: int = 2) -> Report
     root = folder / "models"
     models = prepared(root)
     turning = Turning(root)
-    outcome, until_s = Outcome(failures=Failures()), time.monotonic() + 60 * minutes
-
-    def drawn() -> Iterator[Drawn]:
-        for number in itertools.count():
-            if time.monotonic() > until_s:
-                return
-            yield number, *attempt(seed, number, models)
+    outcome = Outcome()
 
     with serving(root, workers=workers, log=folder / "log") as server:
-        killing, bursts = Killing(server), Bursts(server.port)
-        mixed = outcome.statuses
+        began_s = time.monotonic()
+        half_s, until_s = began_s + 30 * minutes, began_s + 60 * minutes
+
+        def drawn() -> Iterator[Drawn]:
+            for number in itertools.count():
+                if time.monotonic() > until_s:
+                    return
+                yield number, *attempt(seed, number, models)
+
+        killing, bursts, mixed = Killing(server, until_s=half_s), Bursts(server.port), outcome.statuses
         sampling = Sampling(server, lambda: sum(map(Counter.total, [*mixed.values(), turning.answers, bursts.answers])))
+        sampling.one()
         during = During()
         during.always(lambda: turning.ask(server.port))
         during.every(RELOAD_S, turning.add)
@@ -137,26 +216,14 @@ def soak(folder: Path, *, minutes: float, seed: int, workers: int = 2) -> Report
         during.every(SAMPLE_S, sampling.one)
         send_all(server.port, drawn(), connections=CONNECTIONS, outcome=outcome)
         during.end()
-        server.held_when(lambda held: not held.connections)
+        most = sampling.samples[0].held.descriptors
+        server.held_when(lambda held: not held.connections and held.descriptors <= most, within_s=LAST_VERSION_S)
         sampling.one()
-    assert isinstance(outcome.failures, Failures)
-
-    def by_a_kill(at_s: float) -> bool:
-        return any(0 <= at_s - kill_s < KILL_S for kill_s in killing.at_s)
-
-    timed = list(zip(outcome.failures, outcome.failures.at_s, strict=True))
-    lost = [failure for failure, at_s in timed if not (by_a_kill(at_s) and any(word in failure for word in CUT_SHORT))]
-    elsewhere = [*turning.cut_s, *bursts.cut_s]
-    unanswered = sum(not by_a_kill(at_s) for at_s in elsewhere)
-    lost += ["a burst or a question while versions came was not answered"] * unanswered
     return Report(
         minutes=minutes,
-        outcome=outcome,
-        lost=lost,
-        cut=len(timed) + len(elsewhere) - len(lost),
-        kills=len(killing.at_s),
+        statuses=sum(mixed.values(), turning.answers + bursts.answers),
         turned=turning.answers,
-        wrong=turning.wrong,
-        bursts=bursts.answers,
-        held=sampling.held,
+        failures=[*outcome.failures, *turning.failures, *bursts.failures],
+        killed_s=killing.at_s,
+        grown=grown(sampling.samples, since_s=half_s + KILL_EVERY_S),
     )
