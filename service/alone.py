@@ -11,8 +11,9 @@ from service.app import create_app
 from service.crew import Alone
 from service.http_server import Server
 from service.loading import loaded
-from service.printed import announcement, say
+from service.printed import announcement
 from service.settings import Settings
+from service.stdout import say
 from service.tls import tls_of
 from service.watching import Watcher
 

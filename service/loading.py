@@ -8,10 +8,11 @@ from pathlib import Path
 from service.cpus import usable_cpus
 from service.errors import Refused
 from service.places import Found, find, misplaced
-from service.printed import say, tell, tell_begun
+from service.printed import tell, tell_begun
 from service.repository import Repository, load
 from service.runtime import Placement, place
 from service.settings import Settings
+from service.stdout import say
 
 
 def loaded(path: Path, settings: Settings, begin: Callable[[Found], None] = lambda _: None) -> Repository:

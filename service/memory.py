@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+from contextlib import suppress
 
 SOON_S = 1.0
 """Long enough for what is being released now."""
@@ -25,4 +26,5 @@ def give_back_soon() -> None:
     """In a thread of its own; may be called from anywhere."""
     timer = threading.Timer(SOON_S, give_back)
     timer.daemon = True
-    timer.start()
+    with suppress(RuntimeError):  # the system gives no more threads, and this can wait
+        timer.start()

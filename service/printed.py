@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 
 import orjson
 
@@ -13,10 +12,7 @@ from service.places import Found
 from service.protocol.v2 import BINARY_OUTPUTS, BINARY_SIZE
 from service.repository import Entry, Live, Repository
 from service.settings import Settings
-
-
-def say(text: str) -> None:
-    print(text, flush=True, file=sys.stdout)
+from service.stdout import say
 
 
 def tell_begun(found: Found, settings: Settings) -> None:

@@ -23,6 +23,7 @@ from typing import final
 
 from service.errors import EvalmodeError, Refused
 from service.settings import Settings
+from service.stdout import say
 from service.watching import Watcher
 from service.workers.channel import Gone
 from service.workers.conductor import Conductor
@@ -35,6 +36,9 @@ PING_S = 2.0
 HUNG_S = 20.0
 """How often a worker is asked whether it is there, and how long its answer may take: models are loaded beside its event
 loop, so it answers then too."""
+
+STARTED_S = 120.0
+"""And its first answer, for which it has to start."""
 
 HOPELESS = 3
 """Failures in a row after which the service ends, if nobody else serves."""
@@ -138,19 +142,21 @@ class Supervisor:
             return 0.0, f"cannot be started: {error.strerror}"
         serves_from_s: float | None = None
         why = ""
+        watched = asyncio.create_task(self._watched(worker))
         try:
             said = await self._conductor.join(worker.channel, first=first, **self._facts)
             serves_from_s = time.monotonic()
             worker.loading = ""
             self._complete(said["announcement"])
-            why = await self._watched(worker)
+            why = await watched
         except Gone:
-            await worker.wait()
+            why = await watched
         except EvalmodeError as error:
             if not self._conductor.decided:
                 raise
             why = f"cannot serve: {error}"
         finally:
+            watched.cancel()
             self._conductor.leave(worker.channel)
             ended = await self._dismissed(worker, signal.SIGTERM if serves_from_s is None else self._stop_signal)
             if self._stopping and worker.failed:
@@ -159,12 +165,20 @@ class Supervisor:
 
     async def _watched(self, worker: Process) -> str:
         """Wait for the end of a worker, and end one that does not even say that it is there; why it was ended."""
+        limit_s = STARTED_S
         while not worker.ended:
             try:
-                await asyncio.wait_for(worker.channel.ask("ping"), HUNG_S)
+                await asyncio.wait_for(worker.channel.ask("ping"), limit_s)
             except TimeoutError:
                 worker.send(signal.SIGKILL)
-                return f"said nothing for {HUNG_S:.0f} s and was ended"
+                return f"said nothing for {limit_s:.0f} s and was ended"
+            except Gone:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(worker.wait(), HUNG_S)
+                if not worker.ended:
+                    worker.send(signal.SIGKILL)
+                    return f"could not be asked any more, and was ended {HUNG_S:.0f} s later"
+            limit_s = HUNG_S
             with suppress(TimeoutError):
                 await asyncio.wait_for(worker.wait(), PING_S)
         return ""
@@ -199,4 +213,4 @@ class Supervisor:
             self._spare = asyncio.create_task(self._started())
         if not self._announced:
             self._announced = True
-            print(said, flush=True)
+            say(said)

@@ -121,8 +121,12 @@ class Worker:
             takes_at_once=SHARED_TAKES_AT_ONCE,
             tls=tls_of(self._settings),
         )
-        self._tasks.create_task(server.serve(sockets=[self._listening]))
-        await listens.wait()
+        serving = self._tasks.create_task(server.serve(sockets=[self._listening]))
+        listening = asyncio.create_task(listens.wait())
+        await asyncio.wait([serving, listening], return_when=asyncio.FIRST_COMPLETED)
+        if not listening.done():
+            listening.cancel()
+            raise Refused("the server ended before it listened; the log says why")
 
     def _admit(self, model: str, versions: Collection[str] | None) -> list[Verdict]:
         """May take long, so it is called in a thread; the supervisor has one model admitted at a time."""

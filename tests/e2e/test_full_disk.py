@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -156,3 +158,34 @@ def test_an_alias_that_cannot_be_kept_holds_and_says_so(tmp_path: Path, disk: st
             again = client.put(f"{aliases}/candidate", json={"version": "1"})
             assert again.json()["survives_restart"] is True
             assert (seen / "table" / "aliases.json").read_text() == '{\n  "candidate": "1"\n}\n'
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_service_that_cannot_say_anything_serves_all_the_same(tmp_path: Path, workers: str) -> None:
+    """Its standard output goes to a full disk: the log says so, and everything else goes on."""
+    write_table_bundle(tmp_path / "models")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "service.cli", "serve", str(tmp_path / "models"), "--port", str(port)]
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen([*command, "--workers", workers], stdout=full, stderr=subprocess.PIPE, text=True)
+    try:
+        limit_s = time.monotonic() + 30
+        while not _answers(port):
+            assert process.poll() is None
+            assert time.monotonic() < limit_s
+            time.sleep(0.1)
+        assert httpx.post(f"http://127.0.0.1:{port}/predict", json=SAMPLE).status_code == 200
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, logged = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "nothing more is said on standard output: No space left on device" in logged
+
+
+def _answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/v2/health/ready").status_code == 200
+    except httpx.ConnectError:
+        return False

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import pytest
 
@@ -26,9 +26,10 @@ from service.runtime import place
 from service.settings import Settings
 from service.statistics import Document, Statistics
 from service.workers import conductor as conducting
+from service.workers import supervisor
 from service.workers.channel import Channel, Facts, Gone, restored
 from service.workers.conductor import Conductor
-from service.workers.supervisor import pause_s
+from service.workers.supervisor import Supervisor, pause_s
 from service.workers.tally import Tally
 from service.workers.verdicts import TORN, Verdict, joint, settled
 from service.workers.worker import OneOfSeveral, Worker
@@ -666,5 +667,45 @@ def test_no_more_connections_than_allowed_are_taken() -> None:
                 client.close()
             server.should_exit = True
             await serving
+
+    in_a_thread(scenario)
+
+
+@final
+class Stopped:
+    """A worker's process that says nothing, and whose channel may be gone."""
+
+    def __init__(self, *, gone: bool) -> None:
+        self._gone = gone
+        self.channel = self
+        self.ended = False
+        self.signals: list[signal.Signals] = []
+
+    async def ask(self, _: str) -> None:
+        if self._gone:
+            raise Gone
+        await self.wait()
+
+    async def wait(self) -> None:
+        await asyncio.Event().wait()
+
+    def send(self, signum: signal.Signals) -> None:
+        self.signals.append(signum)
+
+
+@pytest.mark.parametrize(("gone", "why"), [(False, "said nothing for"), (True, "could not be asked any more")])
+def test_a_worker_that_hangs_is_ended_also_while_it_starts(
+    monkeypatch: pytest.MonkeyPatch, gone: bool, why: str
+) -> None:
+    """Nobody waits for it for ever, above all not while what is served is changing."""
+    monkeypatch.setattr(supervisor, "STARTED_S", 0.05)
+    monkeypatch.setattr(supervisor, "HUNG_S", 0.05)
+
+    async def scenario() -> None:
+        with socket.socket() as listening:
+            watching: Any = Supervisor(Path(), Settings(), listening)
+            worker = Stopped(gone=gone)
+            assert why in await asyncio.wait_for(watching._watched(worker), 5)
+            assert worker.signals == [signal.SIGKILL]
 
     in_a_thread(scenario)
