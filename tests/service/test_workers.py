@@ -546,6 +546,7 @@ def test_what_a_worker_admits_is_being_loaded_until_all_have_settled(
     write_table_bundle(tmp_path, name="credit")
     with socket.socket() as listening:
         worker = Worker(listening)
+        monkeypatch.setattr(worker, "_begin", lambda _: None)
         worker._repository = repository = loaded(tmp_path)
         write_table_bundle(tmp_path, name="credit", version="2")
         for verdicts in (None, [asdict(refused("2"))], [asdict(ready("2"))]):
