@@ -78,6 +78,10 @@ NUMBERS += ["3.4028235677973362e38", "3.4028235677973366e38", "7.006492321624085
 NUMBERS += ["2.4703282292062328e-324", "9" * 400, "9" * 5000]
 NUMBERS += ["0." + "0" * 400 + "1", "1" + "0" * 308, "1.7976931348623159e308", "\uff11"]
 
+ENDS = ["128", "-129", "256", "-1", "32768", "65536", "2147483648", "-2147483649", "4294967296", "9223372036854775808"]
+ENDS += ["-9223372036854775809", "18446744073709551616", "1e39", "-1e39", "3.4028235677973366e38"]
+"""Just beyond what some datatype holds."""
+
 VALUES = ["true", "false", "null", '"1"', '""', "[]", "{}", "[[]]", "[1]", '["x"]', '[":"]', '{"a": 1}']
 VALUES += ['{"a": 1, "a": 2}', '{"a": {"b": [{"c": 1, "c": 1}]}}', '"\\u0000"', '"\\ud800"', '"\\udc00"', '"[:{"']
 VALUES += ["[" * 150 + "]" * 150, '{"a":' * 150 + "1" + "}" * 150, '"FP32"', '"x"', "[1, 2]", "[0]", "[65537, 0]"]
@@ -100,6 +104,7 @@ PAIRS += ['"name": "x"', '"shape": [1, 3]', '"outputs": [{"name": "x_out", "para
 _SHAPE = re.compile(rb'(?<="shape": \[)[^\]]+(?=\])')
 _DATA = re.compile(rb'"data"\s*:\s*\[')
 _NEXT_LIST = re.compile(rb",\s*([^\[\]{},]+)\](\s*,\s*)\[")
+_ITEM = re.compile(rb"\{[^{}]*\}")
 _BRACE = re.compile(rb"\{")
 _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
@@ -169,7 +174,7 @@ def change_an_element(body: bytes, a: int, b: int) -> bytes:
     element = elements[a // 16 % len(elements)]
     if b % 5 == 0:
         return _put(body, element, b"[" + element[0] + b"]")
-    of = NUMBERS if b % 5 < 3 else VALUES
+    of = (ENDS, NUMBERS, VALUES, VALUES)[b % 5 - 1]
     return _put(body, element, of[b // 5 % len(of)].encode())
 
 
@@ -199,6 +204,12 @@ def give_twice(body: bytes, a: int, b: int) -> bytes:
         return body
     again = pair[0] if b % 2 else pair[0].split(b":")[0] + b": " + VALUES[b % len(VALUES)].encode()
     return _put(body, pair, pair[0] + b", " + again)
+
+
+def send_twice(body: bytes, a: int, b: int) -> bytes:
+    """An object in a list."""
+    item = _found(_ITEM, body, a)
+    return _put(body, item, item[0] + b", " + item[0]) if item else body
 
 
 def leave_out(body: bytes, a: int, b: int) -> bytes:
@@ -274,7 +285,7 @@ TO_JSON: Sequence[Change] = (
 )
 ONE_FAULT: Sequence[Change] = (
     *(change_an_element, change_an_element, change_an_element, change_an_axis, change_an_axis),
-    *(put_a_number, put_a_value, add_a_pair, give_twice, leave_out, nest, regroup),
+    *(put_a_number, put_a_value, add_a_pair, give_twice, send_twice, leave_out, nest, regroup),
 )
 """What leaves JSON as JSON."""
 

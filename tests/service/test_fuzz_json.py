@@ -327,7 +327,7 @@ def test_a_good_request_is_read_by_all_readers_and_means_what_it_says(asked: Ask
 
 
 @pytest.mark.parametrize("name", IN_JSON)
-@fuzzed(30)
+@fuzzed(40)
 @given(st.data(), st.lists(changes(ONE_FAULT, most=1), min_size=9, max_size=9))
 def test_one_fault_in_a_request_is_found_by_all_readers(name: str, data: st.DataObject, each: list[Changes]) -> None:
     """For every model: no rows, a key twice or missing, a value or a shape of another type, a ragged list."""
