@@ -78,6 +78,10 @@ NUMBERS += ["3.4028235677973362e38", "3.4028235677973366e38", "7.006492321624085
 NUMBERS += ["2.4703282292062328e-324", "9" * 400, "9" * 5000]
 NUMBERS += ["0." + "0" * 400 + "1", "1" + "0" * 308, "1.7976931348623159e308", "\uff11"]
 
+ENDS = ["128", "-129", "256", "-1", "32768", "65536", "2147483648", "-2147483649", "4294967296", "9223372036854775808"]
+ENDS += ["-9223372036854775809", "18446744073709551616", "1e39", "-1e39", "3.4028235677973366e38"]
+"""Just beyond what some datatype holds."""
+
 VALUES = ["true", "false", "null", '"1"', '""', "[]", "{}", "[[]]", "[1]", '["x"]', '[":"]', '{"a": 1}']
 VALUES += ['{"a": 1, "a": 2}', '{"a": {"b": [{"c": 1, "c": 1}]}}', '"\\u0000"', '"\\ud800"', '"\\udc00"', '"[:{"']
 VALUES += ["[" * 150 + "]" * 150, '{"a":' * 150 + "1" + "}" * 150, '"FP32"', '"x"', "[1, 2]", "[0]", "[65537, 0]"]
@@ -98,7 +102,9 @@ PAIRS += ['"a": "\\u003a", "b": 1, "b": 2', '"a": "\\u005b", "b": [0]', '"a": "]
 PAIRS += ['"name": "x"', '"shape": [1, 3]', '"outputs": [{"name": "x_out", "parameters": {"binary_data": 1}}]']
 
 _SHAPE = re.compile(rb'(?<="shape": \[)[^\]]+(?=\])')
+_DATA = re.compile(rb'"data"\s*:\s*\[')
 _NEXT_LIST = re.compile(rb",\s*([^\[\]{},]+)\](\s*,\s*)\[")
+_ITEM = re.compile(rb"\{[^{}]*\}")
 _BRACE = re.compile(rb"\{")
 _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
@@ -158,6 +164,20 @@ def put_a_value(body: bytes, a: int, b: int) -> bytes:
     return _put(body, _found(_VALUE if b % 2 else _SCALAR, body, a), VALUES[b // 2 % len(VALUES)].encode())
 
 
+def change_an_element(body: bytes, a: int, b: int) -> bytes:
+    """One of the data of a tensor."""
+    if (data := _found(_DATA, body, a)) is None:
+        return body
+    elements = list(_SCALAR.finditer(body, data.end(), max(body.find(b"}", data.end()), data.end())))
+    if not elements:
+        return body
+    element = elements[a // 16 % len(elements)]
+    if b % 5 == 0:
+        return _put(body, element, b"[" + element[0] + b"]")
+    of = (ENDS, NUMBERS, VALUES, VALUES)[b % 5 - 1]
+    return _put(body, element, of[b // 5 % len(of)].encode())
+
+
 def put_a_letter(body: bytes, a: int, b: int) -> bytes:
     if (string := _found(_STRING, body, a)) is None:
         return body
@@ -186,6 +206,12 @@ def give_twice(body: bytes, a: int, b: int) -> bytes:
     return _put(body, pair, pair[0] + b", " + again)
 
 
+def send_twice(body: bytes, a: int, b: int) -> bytes:
+    """An object in a list."""
+    item = _found(_ITEM, body, a)
+    return _put(body, item, item[0] + b", " + item[0]) if item else body
+
+
 def leave_out(body: bytes, a: int, b: int) -> bytes:
     """A key and its value."""
     if (pair := _found(_PAIR, body, a)) is None:
@@ -208,7 +234,7 @@ def swap(body: bytes, a: int, b: int) -> bytes:
 
 
 def change_an_axis(body: bytes, a: int, b: int) -> bytes:
-    """One of a shape, or as a float; or all of them turned round."""
+    """One of a shape, or its type; or all of them turned round."""
     if (shape := _found(_SHAPE, body, a)) is None:
         return body
     axes = shape[0].split(b", ")
@@ -217,7 +243,7 @@ def change_an_axis(body: bytes, a: int, b: int) -> bytes:
         case 0:
             axes.reverse()
         case 1:
-            axes[at] += b".0"
+            axes[at] = b"true" if axes[at] == b"1" else axes[at] + b".0"
         case _:
             axes[at] = AXES[b // 16 % len(AXES)].encode()
     return _put(body, shape, b", ".join(axes))
@@ -255,10 +281,11 @@ def mark(body: bytes, a: int, b: int) -> bytes:
 TO_BYTES: Sequence[Change] = (turn_a_bit, insert, replace, drop, cut, double)
 TO_JSON: Sequence[Change] = (
     *(put_a_number, put_a_value, put_a_letter, escape, change_case, change_an_axis, add_a_pair, give_twice, leave_out),
-    *(swap, nest, regroup, space, mark, *TO_BYTES),
+    *(change_an_element, swap, nest, regroup, space, mark, *TO_BYTES),
 )
 ONE_FAULT: Sequence[Change] = (
-    *(put_a_number, put_a_value, change_an_axis, change_an_axis, add_a_pair, give_twice, leave_out, nest, regroup),
+    *(change_an_element, change_an_element, change_an_element, change_an_axis, change_an_axis),
+    *(put_a_number, put_a_value, add_a_pair, give_twice, send_twice, leave_out, nest, regroup),
 )
 """What leaves JSON as JSON."""
 
