@@ -3,8 +3,8 @@
 `torch.onnx.export` writes `model.onnx.data` beside `model.onnx` by default. Nothing here opens a file: what a location
 names is looked up in the bytes that the bundle read, so a location can reach nothing outside the bundle.
 
-Rule 1: tensors are found by what the format says that a message may hold, not by a list of places kept here. Of one that
-        is forgotten, onnxruntime opens the file itself, in the working directory.
+Rule 1: tensors are found by what the format says that a message may hold, not by a list of places kept here. Of one
+        that is forgotten, onnxruntime opens the file itself, in the working directory.
 
 Source: ONNX IR specification, "External Tensor Data" (keys location, offset, length).
 """

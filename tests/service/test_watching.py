@@ -311,6 +311,23 @@ def half_copied(folder: Path) -> None:
     (folder / "test_data_set_0" / "output_0.pb").unlink()
 
 
+def without_passport(folder: Path) -> None:
+    """A copy of which the passport comes last; its weights are others, and nothing says so."""
+    bit_flipped(folder)
+    (folder / PASSPORT_FILE).unlink()
+
+
+def with_a_passport_that_leads_nowhere(folder: Path) -> None:
+    without_passport(folder)
+    shutil.rmtree(folder / "test_data_set_0")
+    (folder / PASSPORT_FILE).symlink_to("..data/model.json")
+
+
+def nothing_but_the_model(folder: Path) -> None:
+    without_passport(folder)
+    shutil.rmtree(folder / "test_data_set_0")
+
+
 def bit_flipped(folder: Path) -> None:
     """In a weight: the file is still a model, and would answer."""
     content = bytearray((folder / MODEL_FILE).read_bytes())
@@ -388,6 +405,9 @@ def _sign(folder: Path, change: Callable[[Passport], Passport] = lambda passport
         (half_copied, "'test_data_set_0/output_0.pb' cannot be read"),
         (truncated, "refused at the structure door"),
         (bit_flipped, "refused at the digest door"),
+        (without_passport, "it has 'test_data_set_0' and no passport (model.json)"),
+        (with_a_passport_that_leads_nowhere, "'model.json' cannot be read: No such file or directory"),
+        (nothing_but_the_model, "it has no passport (model.json) and version 1 of the model has one; copy all of the"),
         (wrong_digest, "refused at the digest door"),
         (training_mode, "is in training mode"),
         (batch_dependent, "refused at the"),
@@ -450,6 +470,36 @@ def test_what_is_spoiled_where_it_is_served_is_served_as_it_was(tmp_path: Path) 
         assert house.repository.only() is serving
 
     watched(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("spoil", [without_passport, nothing_but_the_model])
+def test_a_copy_without_its_passport_takes_no_place_of_a_bundle(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    """Neither over the version that is served, nor beside it at the next start; a passport that comes late mends it."""
+    folder = write_table_bundle(tmp_path / "models", name="table")
+    passport = (folder / PASSPORT_FILE).read_bytes()
+    whole = (folder / MODEL_FILE).read_bytes()
+
+    async def scenario(house: House) -> None:
+        serving = house.repository.only()
+        spoil(folder)
+        await house.until(lambda: "no passport (model.json)" in house.index()["1"][1])
+        assert house.repository.only() is serving
+        write_table_bundle(tmp_path / "made", name="table")
+        shutil.copytree(tmp_path / "made" / "table" / "1", folder, dirs_exist_ok=True)
+        assert ((folder / PASSPORT_FILE).read_bytes(), (folder / MODEL_FILE).read_bytes()) == (passport, whole)
+        await house.until(lambda: house.index()["1"] == ("READY", ""))
+
+    watched(tmp_path / "models", scenario)
+    spoil(write_table_bundle(tmp_path / "models", name="table", version="2"))
+    repository = load(tmp_path / "models", place("cpu"), Settings(threads=1, max_batch_rows=8))
+    assert repository.only().version == "1"
+    assert "no passport (model.json)" in repository.entries[0].reason
+
+
+def test_plain_files_of_which_none_was_a_bundle_are_served(tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        nothing_but_the_model(write_table_bundle(tmp_path, name="table", version=version))
+    assert load(tmp_path, place("cpu"), Settings(threads=1, max_batch_rows=8)).only().version == "2"
 
 
 def test_the_one_model_may_be_called_otherwise_than_its_folder(tmp_path: Path) -> None:
