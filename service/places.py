@@ -62,7 +62,7 @@ def find(path: Path, model: str | None = None, *, called: str = "") -> list[Foun
         found = [
             Found(name=folder.name, version=version, path=folder / version)
             for folder in folders
-            if model is None or (NAME_PATTERN.fullmatch(model) and folder.is_dir())
+            if model is None or (NAME_PATTERN.fullmatch(model) and is_folder(folder))
             for version in versions_in(folder)
         ]
     if not found and (file := only_file(path)) is not None:
@@ -111,7 +111,7 @@ def checked_name(name: str) -> str:
 
 def model_folders(path: Path) -> list[Path]:
     """The folders of a repository that may be models, in order of their names."""
-    return sorted(entry for entry in path.iterdir() if NAME_PATTERN.fullmatch(entry.name) and entry.is_dir())
+    return sorted(entry for entry in path.iterdir() if NAME_PATTERN.fullmatch(entry.name) and is_folder(entry))
 
 
 def versions_in(model_folder: Path) -> list[str]:
@@ -120,10 +120,25 @@ def versions_in(model_folder: Path) -> list[str]:
         (
             entry.name
             for entry in model_folder.iterdir()
-            if NAME_PATTERN.fullmatch(entry.name) and (entry / MODEL_FILE).is_file()
+            if NAME_PATTERN.fullmatch(entry.name) and is_file(entry / MODEL_FILE)
         ),
         key=version_order,
     )
+
+
+def is_file(path: Path) -> bool:
+    """False too where nobody may look: one version must not hide the others."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def version_order(version: str) -> tuple[int, int, str]:
