@@ -37,12 +37,10 @@ from export.report import render
 from export.subject import Data, Sample, Subject
 from service import bundle
 from service.admission import Admitted, admit, check_digest
-from service.bundle import Bundle, GoldenSummary, ParityFigure, Passport
+from service.bundle import REPORT_FILE, Bundle, GoldenSummary, ParityFigure, Passport
 from service.errors import Refused, WrongCall
 from service.runtime import OnnxRuntime, place
 from service.signature import Signature
-
-REPORT_FILE = "report.html"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

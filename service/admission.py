@@ -24,8 +24,9 @@ import onnx
 from numpy.typing import NDArray
 
 from service.bundle import Bundle, IndependenceFigure, ParityFigure, digest
-from service.errors import AdmissionRefused, first_line
+from service.errors import AdmissionRefused, first_line, listing
 from service.folding import folded_if_same, trials
+from service.graph import external
 from service.graph.fold import Fold
 from service.graph.parts import serialised
 from service.graph.scan import BatchNorm, scan
@@ -190,6 +191,10 @@ def check_structure(model: onnx.ModelProto, content: bytes = b"") -> tuple[Batch
         onnx.checker.check_model(content or serialised(model))
     except onnx.checker.ValidationError as error:
         raise AdmissionRefused("structure", f"model.onnx is not a valid ONNX model: {first_line(error)}") from error
+    if elsewhere := external.locations(model):
+        raise AdmissionRefused(
+            "structure", f"it has weights in other files ({listing(elsewhere)}), and only those inside it are served"
+        )
     if (nodes := nodes_inlined(model)) > MOST_NODES:
         raise AdmissionRefused(
             "structure", f"it has {nodes} nodes, functions written out; at most {MOST_NODES} are served"

@@ -38,6 +38,8 @@ from service.signature import Signature
 
 PASSPORT_FILE = "model.json"
 GOLDEN_FOLDER = "test_data_set_0"
+REPORT_FILE = "report.html"
+"""For people; the service does not read it."""
 LONGEST_PASSPORT_BYTES = 64 * 2**20
 """Of tens of thousands of layers."""
 
@@ -180,11 +182,13 @@ def read(folder: Path, *, name: str, version: str) -> Bundle:
     """Read a bundle's files.
 
     Raises:
-        AdmissionRefused: `model.onnx` or a file named by the passport is not readable, or the passport is not valid.
+        AdmissionRefused: `model.onnx` or a file named by the passport is not readable, or the passport is not valid, or
+            it is missing where other files of a bundle are.
     """
     contents = {MODEL_FILE: _read(folder, MODEL_FILE, most_bytes=external.MOST_BYTES)}
     _read_weights(folder, contents)
-    if not (folder / PASSPORT_FILE).is_file():
+    if not os.path.lexists(folder / PASSPORT_FILE):  # a link to nothing is no plain model's
+        _check_plain(folder)
         return Bundle(name=name, version=version, folder=folder, contents=contents, passport=None)
     try:
         passport = Passport.model_validate_json(_read(folder, PASSPORT_FILE, most_bytes=LONGEST_PASSPORT_BYTES))
@@ -196,6 +200,17 @@ def read(folder: Path, *, name: str, version: str) -> Bundle:
         if path not in contents:
             contents[path] = _read(folder, path)
     return Bundle(name=name, version=version, folder=folder, contents=contents, passport=passport)
+
+
+def _check_plain(folder: Path) -> None:
+    """Whoever copies a bundle may bring its passport last, or forget it."""
+    for path in (GOLDEN_FOLDER, REPORT_FILE):
+        if os.path.lexists(folder / path):
+            raise AdmissionRefused(
+                "digest",
+                f"it has '{path}' and no passport ({PASSPORT_FILE}), so nothing says whether its files are whole; copy "
+                f"all of the bundle, or take '{path}' away if this is meant to be a plain ONNX file",
+            )
 
 
 def read_plain(file: Path) -> Bundle:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
 from service.errors import Refused
-from service.files import write_whole
+from service.files import one_at_a_time, write_whole
 from service.keys import Key, made_key, read_keys
 
 
@@ -46,20 +44,18 @@ def key(
 
 def _append(file: Path, made: Key) -> None:
     """One line more, in a file that keeps its owner and who may read it; a new one is for its owner alone."""
-    before, mode, owner = b"", 0o600, None
-    if file.exists():
-        read_keys(file)  # a file that is wrong is not made longer
-        before = file.read_bytes()
-        found = file.stat()
-        mode, owner = found.st_mode & 0o777, (found.st_uid, found.st_gid)
-    if before and not before.endswith(b"\n"):
-        before += b"\n"
     try:
-        write_whole(file, before + made.line.encode() + b"\n", mode=mode)
+        with one_at_a_time(file.parent):
+            before, mode, owner = b"", 0o600, None
+            if file.exists():
+                read_keys(file)  # a file that is wrong is not made longer
+                before = file.read_bytes()
+                found = file.stat()
+                mode, owner = found.st_mode & 0o777, (found.st_uid, found.st_gid)
+            if before and not before.endswith(b"\n"):
+                before += b"\n"
+            write_whole(file, before + made.line.encode() + b"\n", mode=mode, owner=owner)
     except OSError as error:
         raise Refused(
             f"the keys file '{file}' cannot be written: {error.strerror}; it is as it was, and no key was made"
         ) from error
-    if owner is not None:
-        with suppress(PermissionError):  # only root can give it back to another
-            os.chown(file, *owner)

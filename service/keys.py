@@ -4,7 +4,8 @@
 
 Rule 1: a key is in no file, no log and no message. Its SHA-256 is in the file; nobody finds 256 random bits by that.
 Rule 2: what is wrong with a file is told by the number of a line, never by its content, which may be a key.
-Rule 3: a file that is changed into one that cannot be read leaves the keys that were read before.
+Rule 3: a file that is changed into one that cannot be read leaves the keys that were read before, and is tried again
+        until it can: a key that was taken back must not stay because files were short for a moment.
 Rule 4: a file without keys is a good one, and lets nobody in: that is how the last key is taken away.
 """
 
@@ -133,7 +134,9 @@ class KeysFile:
         """
         self._path = path
         self._watched = Watched(path)
+        self._watched.changed()
         self.keys = self._read()
+        self._watched.was_read()
 
     def look_again(self) -> None:
         """Read the file if it is another one; to be called now and then."""
@@ -142,8 +145,10 @@ class KeysFile:
         try:
             self.keys = self._read()
         except WrongCall as error:
-            _log.error("%s; the keys that were read before stay in use", error)
+            if self._watched.failed(str(error)):
+                _log.error("%s; the keys that were read before stay in use, and it is tried again", error)
         else:
+            self._watched.was_read()
             _log.info("the keys file '%s' was read again: %d keys", self._path, len(self.keys))
 
     def _read(self) -> tuple[Key, ...]:

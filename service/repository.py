@@ -169,6 +169,8 @@ class Repository:
         serving = {entry.version: entry.live for entry in before if entry.live is not None}
         refused = {entry.version: entry for entry in before if entry.live is None}
         newest = max(there, key=version_order, default=None)
+        passports = {version for version, live in serving.items() if live.admitted.bundle.passport is not None}
+        passports |= _with_passport(there.values())
 
         def look(version: str) -> list[Entry]:
             found, live, known = there.get(version), serving.get(version), refused.get(version)
@@ -176,13 +178,13 @@ class Repository:
                 return [_serving(live, GONE) if live is not None else _missing(name, version)]
             if not asked and version not in versions:  # type: ignore[operator]  # asked is None
                 if known is None and live is None:  # it is wanted only now
-                    return [self._load(found)]
+                    return [self._load(found, passports)]
                 return [*filter(None, [known]), *map(_serving, filter(None, [live]))]
             if live is None:
-                return [self._load(found)]
+                return [self._load(found, passports)]
             if not (asked and version == newest) and _has_same_bytes(found, live):
                 return [_serving(live)]
-            anew = self._load(found)
+            anew = self._load(found, passports)
             return [anew] if anew.ready else [anew, _serving(live)]
 
         kept = [version for version in serving if not asked or version in held]
@@ -336,11 +338,11 @@ class Repository:
             )
         return UnknownVersion(model=name, version=alias, serving=self.versions(name))
 
-    def _load(self, found: Found) -> Entry:
+    def _load(self, found: Found, passports: Collection[str]) -> Entry:
         self._loading[found.name] = (*self._loading.get(found.name, ()), found.version)
         _log.info("%s/%s is being loaded beside what is served", found.name, found.version)
         start_s = time.monotonic()
-        entry = _load_tried(found, self._placement, self._settings)
+        entry = _load_tried(found, self._placement, self._settings, passports)
         became = "admitted" if entry.ready else "refused"
         _log.info("%s/%s was %s after %.1f s", found.name, found.version, became, time.monotonic() - start_s)
         return entry
@@ -371,14 +373,17 @@ def load(
         folder = aliasing.folder_of(path, name, called=settings.name)
         aliases[name] = aliasing.read(folder) if folder is not None else {}
         rule, held = policy.of(name), set(aliases[name].values())
+        passports = _with_passport(there.values())
 
-        def look(version: str, name: str = name, there: Mapping[str, Found] = there) -> list[Entry]:
+        def look(
+            version: str, name: str = name, there: Mapping[str, Found] = there, passports: set[str] = passports
+        ) -> list[Entry]:
             found = there.get(version)
             if found is None:
                 entry = _missing(name, version)
             else:
                 begin(found)
-                entry = load_bounded(found, placement, settings)
+                entry = load_bounded(found, placement, settings, passports)
             tell(entry)
             return [entry]
 
@@ -463,14 +468,37 @@ def _read(found: Found) -> Bundle:
     return bundles.read(found.path, name=found.name, version=found.version)
 
 
-def _load_tried(found: Found, placement: Placement, settings: Settings) -> Entry:
+def _with_passport(there: Iterable[Found]) -> set[str]:
+    """The versions that are bundles."""
+    return {found.version for found in there if (found.path / bundles.PASSPORT_FILE).is_file()}
+
+
+def _check_passport(bundle: Bundle, passports: Collection[str]) -> None:
+    """Of one model, all versions have a passport or none: two doors are open to who has none.
+
+    Args:
+        passports: the versions that have one, served or in their folders; its own where it had one.
+
+    Raises:
+        AdmissionRefused: it has none, and another has, or it had one itself.
+    """
+    if bundle.passport is None and passports:
+        whose = max(passports, key=version_order)
+        raise AdmissionRefused(
+            "digest",
+            f"it has no passport ({bundles.PASSPORT_FILE}) and version {whose} of the model has one; "
+            "copy all of the bundle, or serve a plain ONNX file as a model of another name",
+        )
+
+
+def _load_tried(found: Found, placement: Placement, settings: Settings, passports: Collection[str]) -> Entry:
     """`_load` for a process that already serves: only what another process came back from."""
     if reason := tried(found.path, found.name, found.version, placement, settings):
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
-    return _load(found, placement, settings, memory_bytes=None)
+    return _load(found, placement, settings, passports, memory_bytes=None)
 
 
-def load_bounded(found: Found, placement: Placement, settings: Settings) -> Entry:
+def load_bounded(found: Found, placement: Placement, settings: Settings, passports: Collection[str] = ()) -> Entry:
     """`_load` for a process that serves nothing yet: it may take most of the memory that is free, and no more.
 
     Where even the engine does not come back, the process ends: nobody is served by it, and nobody would ever be.
@@ -485,16 +513,20 @@ def load_bounded(found: Found, placement: Placement, settings: Settings) -> Entr
         os._exit(1)
 
     with bounded_time(settings.admission_limit_s + GRACE_S, give_up):
-        return _load(found, placement, settings, memory_bytes=int(free_memory_bytes() * SHARE))
+        return _load(found, placement, settings, passports, memory_bytes=int(free_memory_bytes() * SHARE))
 
 
-def _load(found: Found, placement: Placement, settings: Settings, *, memory_bytes: int | None) -> Entry:
+def _load(
+    found: Found, placement: Placement, settings: Settings, passports: Collection[str], *, memory_bytes: int | None
+) -> Entry:
     deadline = Deadline()
     memory = nullcontext() if memory_bytes is None else bounded_memory(memory_bytes)
     try:
         with bounded_time(settings.admission_limit_s, deadline.end), memory:
+            bundle = _read(found)
+            _check_passport(bundle, passports)
             admitted = admit(
-                _read(found),
+                bundle,
                 placement,
                 threads=settings.threads,
                 max_batch_rows=settings.max_batch_rows,

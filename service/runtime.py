@@ -287,6 +287,8 @@ def _session_options(threads: int) -> onnxruntime.SessionOptions:
     options.inter_op_num_threads = 1
     # waiting threads of onnxruntime spin by default and take the CPU from everything else in the container
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # a tensor that names a file reaches none: the engine would look for it in the working directory
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     options.log_severity_level = 4  # fatal only: an error is raised, and said in a sentence
     return options
 

@@ -1,7 +1,7 @@
 """The service's certificate and its key: TLS 1.2 or newer, read again when their files change.
 
 Rule 1: a certificate is renewed while the service runs; one that cannot be used, or is without its key for a moment,
-        leaves the one that was read before.
+        leaves the one that was read before, and is tried again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Tls:
         """
         self._files = (certificate, key)
         self._watched = Watched(*self._files)
+        self._watched.changed()
         self.context = _context(*self._files)
+        self._watched.was_read()
 
     def look_again(self) -> None:
         """Read the files if they are other ones; to be called now and then."""
@@ -44,8 +46,10 @@ class Tls:
         try:
             self.context = _context(*self._files)
         except WrongCall as error:
-            _log.error("%s; the certificate that was read before stays in use", error)
+            if self._watched.failed(str(error)):
+                _log.error("%s; the certificate that was read before stays in use, and they are tried again", error)
         else:
+            self._watched.was_read()
             _log.info("the certificate '%s' was read again", self._files[0])
 
 
@@ -90,4 +94,6 @@ def _context(certificate: Path, key: Path) -> ssl.SSLContext:
         raise WrongCall(
             f"--tls-certificate '{certificate}' and --tls-key '{key}' are not a certificate and its key in PEM"
         ) from error
+    except OSError as error:
+        raise WrongCall(f"--tls-certificate and --tls-key cannot be read: {error.strerror}") from error
     return context

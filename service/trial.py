@@ -29,6 +29,7 @@ def tried(path: Path, name: str, version: str, placement: Placement, settings: S
         path: a bundle's folder, or a plain ONNX file.
     """
     facts = {
+        "parent": os.getpid(),
         "path": str(path.absolute()),
         "name": name,
         "version": version,

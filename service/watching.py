@@ -6,7 +6,8 @@ Rule 1: a look opens no file and runs in a thread of its own, so a file system t
 Rule 2: a version is loaded when two looks in a row find it the same, and other than when it was last loaded or refused:
         what is still being copied is left alone, and what was refused is tried again when it has changed.
 Rule 3: what begins with a dot is being written, and is not there yet.
-Rule 4: a folder that cannot be read changes nothing. That is said once, and again when it can be read.
+Rule 4: a folder that cannot be read changes nothing, and hides nothing beside it. That is said once, and again when it
+        can be read. Nothing that a look comes upon ends the looking.
 Rule 5: no clock is compared with a file's: its time is a mark that is the same or another.
 Rule 6: what lies where it cannot be served is said once, when two looks in a row find it so; what was so at the start
         is said there.
@@ -15,6 +16,7 @@ Rule 6: what lies where it cannot be served is said once, when two looks in a ro
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import stat
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Protocol, final
 
 from service.aside import aside
-from service.errors import EvalmodeError, LoadRefused
+from service.errors import EvalmodeError, LoadRefused, first_line
 from service.places import (
     MODEL_FILE,
     NAME_PATTERN,
@@ -42,8 +44,14 @@ from service.places import (
 Key = tuple[str, str]
 """Model and version."""
 
-Marks = tuple[tuple[str, int, int], ...]
-"""Of each file of a version: its path inside the folder, size in bytes, time of change in nanoseconds."""
+Mark = tuple[str, int, int, int, int]
+"""Of a version's file: its path inside the folder, inode, size in bytes, times of change of its content and of itself,
+in nanoseconds. Who exchanges a file and keeps its time changes the inode or the last."""
+
+Marks = tuple[Mark, ...]
+
+DEEPEST = 32
+"""Folders in one another inside a version: more than anybody lays."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +62,7 @@ class Seen:
 
     versions: Mapping[Key, Marks] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
-    """Why, by model; what is in there is not known. '' is all that is served."""
+    """Why, by model or MODEL/VERSION; what is in there is not known. '' is all that is served."""
     misplaced: Sequence[Misplaced] = field(default_factory=list)
 
 
@@ -69,12 +77,11 @@ def look(path: Path, *, called: str = "") -> Seen:
             whole = path.resolve()
             versions[safe_name(whole.parent.name), safe_name(whole.name)] = marks
         elif kind == "model":
-            name = safe_name(path.resolve().name)
-            versions |= {(name, version): marks for version, marks in _versions(path)}
+            _note(safe_name(path.resolve().name), _versions(path), versions, unreadable)
         else:
             for model in _folders(path):
                 try:
-                    versions |= {(model.name, version): marks for version, marks in _versions(model.path)}
+                    _note(model.name, _versions(model.path), versions, unreadable)
                 except FileNotFoundError:  # it went while we looked
                     pass
                 except OSError as error:
@@ -85,14 +92,33 @@ def look(path: Path, *, called: str = "") -> Seen:
         unreadable[""] = str(error.strerror)
     if called:
         versions = {(called, version_called(path, version)): marks for (_, version), marks in versions.items()}
-        unreadable = {called if model else "": why for model, why in unreadable.items()}
+        unreadable = {_under(called, where): why for where, why in unreadable.items()}
     return Seen(versions=versions, unreadable=unreadable, misplaced=misplaced(path, called=called))
 
 
-def _versions(model: str | Path) -> Iterator[tuple[str, Marks]]:
+def _under(model: str, where: str) -> str:
+    """The same of the model that is called so."""
+    _, slash, version = where.partition("/")
+    return model + slash + version if where else ""
+
+
+def _note(
+    model: str, found: tuple[dict[str, Marks], dict[str, str]], versions: dict[Key, Marks], unreadable: dict[str, str]
+) -> None:
+    versions |= {(model, version): marks for version, marks in found[0].items()}
+    unreadable |= {f"{model}/{version}": why for version, why in found[1].items()}
+
+
+def _versions(model: str | Path) -> tuple[dict[str, Marks], dict[str, str]]:
+    """The versions in a model's folder, and why others cannot be looked at."""
+    versions, unreadable = {}, {}
     for folder in _folders(model):
-        if (marks := _marks(folder.path)) is not None:
-            yield folder.name, marks
+        try:
+            if (marks := _marks(folder.path)) is not None:
+                versions[folder.name] = marks
+        except OSError as error:
+            unreadable[folder.name] = str(error.strerror)
+    return versions, unreadable
 
 
 def _folders(path: str | Path) -> list[os.DirEntry[str]]:
@@ -117,7 +143,9 @@ def _marks(folder: str | Path) -> Marks | None:
         return None
 
 
-def _files(folder: str | Path, inside: str) -> Iterator[tuple[str, int, int]]:
+def _files(folder: str | Path, inside: str) -> Iterator[Mark]:
+    if inside.count("/") > DEEPEST:
+        raise OSError(errno.ELOOP, f"its folders are in one another more than {DEEPEST} deep")
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -129,9 +157,9 @@ def _files(folder: str | Path, inside: str) -> Iterator[tuple[str, int, int]]:
                     yield _mark(entry.path, inside + entry.name)
 
 
-def _mark(file: str | Path, name: str) -> tuple[str, int, int]:
+def _mark(file: str | Path, name: str) -> Mark:
     found = os.stat(file)
-    return name, found.st_size, found.st_mtime_ns
+    return name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @final
@@ -170,7 +198,7 @@ class Watch:
 
 
 def _hidden(key: Key, seen: Seen) -> bool:
-    return "" in seen.unreadable or key[0] in seen.unreadable
+    return not seen.unreadable.keys().isdisjoint({"", key[0], "/".join(key)})
 
 
 class Load(Protocol):
@@ -201,7 +229,12 @@ class Watcher:
         """Has `load` done whatever is new, until cancelled."""
         while self._every_s:
             await asyncio.sleep(self._every_s)
-            seen = await aside(lambda: look(self._path, called=self._called))
+            try:
+                seen = await aside(lambda: look(self._path, called=self._called))
+            except Exception as error:  # what nobody foresaw must not end the looking
+                if "" not in self._unreadable:
+                    _log.exception("looking at '%s' broke", self._path)
+                seen = Seen(unreadable={"": first_line(error)})
             self._tell(seen.unreadable)
             if not seen.unreadable:
                 self._tell_misplaced(seen.misplaced)
@@ -227,10 +260,10 @@ class Watcher:
 
     def _tell(self, unreadable: Mapping[str, str]) -> None:
         """Once for each trouble, and once for its end."""
-        for model in unreadable.keys() - self._unreadable.keys():
-            _log.warning("'%s' cannot be read: %s; what was served goes on", self._place(model), unreadable[model])
-        for model in self._unreadable.keys() - unreadable.keys():
-            _log.warning("'%s' can be read again", self._place(model))
+        for where in unreadable.keys() - self._unreadable.keys():
+            _log.warning("%s cannot be read: %s; what was served goes on", self._said(where), unreadable[where])
+        for where in self._unreadable.keys() - unreadable.keys():
+            _log.warning("%s can be read again", self._said(where))
         self._unreadable = dict(unreadable)
 
     def _tell_misplaced(self, found: Sequence[Misplaced]) -> None:
@@ -240,5 +273,8 @@ class Watcher:
         self._misplaced_and_told = [it for it in found if it in self._misplaced or it in self._misplaced_and_told]
         self._misplaced = found
 
-    def _place(self, model: str) -> Path:
-        return self._path / model if model and not self._called else self._path
+    def _said(self, where: str) -> str:
+        model, _, version = where.partition("/")
+        if version:
+            return f"version {version} of model '{model}' in '{self._path}'"
+        return f"'{self._path / model if model and not self._called else self._path}'"

@@ -3,14 +3,19 @@
 `torch.onnx.export` writes `model.onnx.data` beside `model.onnx` by default. Nothing here opens a file: what a location
 names is looked up in the bytes that the bundle read, so a location can reach nothing outside the bundle.
 
+Rule 1: tensors are found by what the format says that a message may hold, not by a list of places kept here. Of one
+        that is forgotten, onnxruntime opens the file itself, in the working directory.
+
 Source: ONNX IR specification, "External Tensor Data" (keys location, offset, length).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import onnx
+from google.protobuf.message import Message
 
 MOST_BYTES = 2**31 - 1
 """Of a model with its weights inside: what a protobuf message holds."""
@@ -55,28 +60,35 @@ def brought_inside(model: onnx.ModelProto, contents: Mapping[str, bytes]) -> onn
 
 def _external(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every tensor of the model, wherever it stands, whose data lie elsewhere."""
-    nodes = [node for function in model.functions for node in function.node]
-    for tensor in (*_of_graph(model.graph), *_of_nodes(nodes)):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            yield tensor
+    left: list[Message] = [model]
+    while left:
+        message = left.pop()
+        if isinstance(message, onnx.TensorProto):
+            if message.data_location == onnx.TensorProto.EXTERNAL:
+                yield message
+            continue
+        for field, value in message.ListFields():
+            if field.message_type is not None and field.message_type.full_name in _HOLDERS:
+                left += [value] if isinstance(value, Message) else value
 
 
-def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _of_nodes(graph.node)
+def _holders() -> frozenset[str]:
+    """The kinds of messages in a model that are tensors or may have some inside."""
+    kinds: dict[str, set[str]] = {}
+    left: list[Any] = [onnx.ModelProto.DESCRIPTOR]
+    while left:
+        kind = left.pop()
+        if kind.full_name not in kinds:
+            inside = [field.message_type for field in kind.fields if field.message_type is not None]
+            kinds[kind.full_name] = {it.full_name for it in inside}
+            left += inside
+    holders = {onnx.TensorProto.DESCRIPTOR.full_name}
+    while more := {kind for kind, inside in kinds.items() if inside & holders} - holders:
+        holders |= more
+    return frozenset(holders)
 
 
-def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            for body in (attribute.g, *attribute.graphs):
-                if body.node or body.initializer:
-                    yield from _of_graph(body)
+_HOLDERS = _holders()
 
 
 def _entries(tensor: onnx.TensorProto) -> dict[str, str]:

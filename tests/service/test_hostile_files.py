@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from service import bundle
-from service.admission import admit
+from service.admission import admit, check_structure
 from service.errors import AdmissionRefused
-from service.runtime import place
+from service.graph import external
+from service.runtime import OnnxRuntime, place
 from tests import graphs
 from tests.bundles import write_table_bundle
 
@@ -62,10 +64,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         os.mkfifo(folder / name)
         if name == "model.json":
             (folder / "weights").write_bytes(np.ones(3, np.float32).tobytes())
-        if name != "model.json":
-            assert "is not a plain file" in refusal(folder)
-        else:  # a passport is a plain file, or there is none
-            assert bundle.read(folder, name="net", version="1").passport is None
+        assert "is not a plain file" in refusal(folder)
 
 
 def test_a_link_exchanged_between_look_and_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,17 +121,131 @@ def test_a_file_without_end(tmp_path: Path) -> None:
     assert "bytes are read" in refusal(folder).replace(" are read", " bytes are read")
 
 
-def test_weights_of_a_function(tmp_path: Path) -> None:
-    """A tensor may stand in a function too; nothing opens what it names but the bundle's own reader."""
-    model = graphs.batchnorm_model()
-    tensor = onnx.TensorProto(name="t", data_type=TensorProto.FLOAT, dims=[3], data_location=TensorProto.EXTERNAL)
-    tensor.external_data.add(key="location", value="/etc/hostname")
-    node = onnx.helper.make_node("Constant", [], ["c"], value=tensor)
-    model.functions.append(
-        onnx.helper.make_function("f", "F", ["a"], ["c"], [node], [onnx.helper.make_opsetid("", 17)])
+SECRET = b"not for you!"
+
+
+def secret() -> onnx.TensorProto:
+    """A tensor whose values are the bytes of a file in the working directory."""
+    tensor = onnx.TensorProto(name="w", data_type=TensorProto.UINT8, dims=[12], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": "secret", "offset": "0", "length": "12"}.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def reading_model(*, calls: int = 0, nodes: Sequence[onnx.NodeProto] = ()) -> onnx.ModelProto:
+    """y = w[x], byte by byte, in a function that is called through so many others; the first calls it with w."""
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("f", 1)]
+    gather = [*nodes, helper.make_node("Gather", ["w", "x"], ["y"])]
+    functions = [helper.make_function("f", f"F{calls}", ["x"], ["y"], gather, opsets, ["v"] if nodes else [])]
+    for number in range(calls):
+        call = helper.make_node(f"F{number + 1}", ["x"], ["y"], domain="f")
+        functions.append(helper.make_function("f", f"F{number}", ["x"], ["y"], [call], opsets))
+    made = graphs.model(
+        [helper.make_node("F0", ["x"], ["y"], domain="f")] if nodes else gather,
+        {},
+        x=(TensorProto.INT64, ["batch", 1]),
+        y=["batch", 1],
     )
-    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    assert "'/etc/hostname' lies outside" in refusal(tmp_path)
+    made.graph.output[0].type.tensor_type.elem_type = TensorProto.UINT8
+    made.opset_import.append(opsets[1])
+    if nodes:
+        made.functions.extend(functions)
+    return made
+
+
+def constant_of(**said: Any) -> onnx.NodeProto:
+    node = helper.make_node("Constant", [], ["w"])
+    node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR, **said)
+    return node
+
+
+def as_an_initializer() -> onnx.ModelProto:
+    made = reading_model()
+    made.graph.initializer.append(secret())
+    return made
+
+
+def as_the_default_of_a_function(calls: int = 0) -> onnx.ModelProto:
+    made = reading_model(calls=calls, nodes=[constant_of(ref_attr_name="v")])
+    del made.functions[0].attribute[:]  # a name is one with a default or one without
+    made.functions[0].attribute_proto.add(name="v", type=onnx.AttributeProto.TENSOR, t=secret())
+    return made
+
+
+def as_the_default_of_a_function_of_a_function() -> onnx.ModelProto:
+    return as_the_default_of_a_function(calls=2)
+
+
+def in_a_function() -> onnx.ModelProto:
+    made = reading_model(nodes=[constant_of(t=secret())])
+    del made.functions[0].attribute[:]
+    return made
+
+
+def in_a_branch() -> onnx.ModelProto:
+    made = reading_model()
+    del made.graph.node[:]
+    y = helper.make_tensor_value_info("z", TensorProto.UINT8, ["batch", 1])
+    body = helper.make_graph([helper.make_node("Gather", ["w", "x"], ["z"])], "body", [], [y], [secret()])
+    made.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    made.graph.node.append(helper.make_node("If", ["yes"], ["y"], then_branch=body, else_branch=body))
+    return made
+
+
+READING = [
+    as_an_initializer,
+    as_the_default_of_a_function,
+    as_the_default_of_a_function_of_a_function,
+    in_a_function,
+    in_a_branch,
+]
+
+
+@pytest.mark.parametrize("place_of", READING)
+def test_a_file_of_the_working_directory_is_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place_of: Callable[[], onnx.ModelProto]
+) -> None:
+    """A key may lie there; not when a bundle is read, nor in a graph that comes another way, nor in the engine."""
+    monkeypatch.chdir(tmp_path)
+    Path("secret").write_bytes(SECRET)
+    Path("1").mkdir()
+    made = place_of()
+    Path("1/model.onnx").write_bytes(made.SerializeToString())
+    assert external.locations(made) == ["secret"]
+    assert "'secret' cannot be read: No such file" in refusal(Path("1"))
+    with pytest.raises(AdmissionRefused, match=r"has weights in other files \('secret'\)"):
+        check_structure(made)
+    with pytest.raises(AdmissionRefused, match="cannot load it"):
+        OnnxRuntime(made.SerializeToString(), place("cpu"), threads=1)
+    inside = bundle.read_plain(_beside_its_weights(made)).model
+    runtime = OnnxRuntime(inside.SerializeToString(), place("cpu"), threads=1)
+    assert runtime.run([np.arange(12).reshape(12, 1)])[0].tobytes() == SECRET  # they do read what they are given
+
+
+def _beside_its_weights(made: onnx.ModelProto) -> Path:
+    Path("2").mkdir()
+    Path("2/secret").write_bytes(SECRET)
+    Path("2/model.onnx").write_bytes(made.SerializeToString())
+    return Path("2/model.onnx")
+
+
+def _in_every_place() -> Iterator[onnx.ModelProto]:
+    """What the format can hold, beyond what the engine reads today."""
+    sparse = onnx.SparseTensorProto(values=secret())
+    for said in ({"tensors": [secret()]}, {"sparse_tensor": sparse}, {"sparse_tensors": [sparse]}):
+        yield onnx.ModelProto(graph=onnx.GraphProto(node=[onnx.NodeProto(attribute=[onnx.AttributeProto(**said)])]))
+    weighing = onnx.GraphProto(sparse_initializer=[onnx.SparseTensorProto(indices=secret())])
+    graph = onnx.AttributeProto(graphs=[onnx.GraphProto(), onnx.GraphProto(initializer=[secret()])])
+    yield onnx.ModelProto(graph=weighing)
+    yield onnx.ModelProto(functions=[onnx.FunctionProto(attribute_proto=[graph])])
+    yield onnx.ModelProto(training_info=[onnx.TrainingInfoProto(initialization=weighing)])
+    yield onnx.ModelProto(training_info=[onnx.TrainingInfoProto(algorithm=onnx.GraphProto(initializer=[secret()]))])
+
+
+@pytest.mark.parametrize("made", list(_in_every_place()), ids=range(7))
+def test_a_tensor_is_found_wherever_the_format_lets_it_stand(made: onnx.ModelProto) -> None:
+    assert external.locations(made) == ["secret"]
+    assert external.locations(external.brought_inside(made, {"secret": SECRET})) == []
 
 
 PASSPORTS: dict[str, Any] = {

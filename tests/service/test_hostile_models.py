@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,54 @@ def test_what_ends_the_process_that_tries_it_is_refused(tmp_path: Path, monkeypa
     entry, serving = served.admit("net")
     assert (entry.live, serving.live) == (None, served.live("net"))
     assert "it ended the process that tried it (SIGSEGV)" in entry.reason
+
+
+def test_what_the_engine_prints_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of its providers do, on standard output."""
+    net = put(tmp_path, "net", graphs.batchnorm_model().SerializeToString())
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os\natexit.register(os.write, 1, b'[W] 12 kernels\\n')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert tried(net, "net", "1", place("cpu"), Settings(threads=1)) == ""
+
+
+ASKING = """
+import sys
+from pathlib import Path
+from service.runtime import place
+from service.settings import Settings
+from service.trial import tried
+
+tried(Path(sys.argv[1]), "net", "1", place("cpu"), Settings(admission_limit_s=40, threads=1))
+"""
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["at once", "while it runs"])
+def test_a_trial_ends_with_the_process_that_asked(tmp_path: Path, begun: bool) -> None:
+    """A worker may be killed while it waits."""
+    endless = put(tmp_path, "endless", a_loop_without_end())
+    with subprocess.Popen([sys.executable, "-c", ASKING, endless]) as asking:
+        children = Path(f"/proc/{asking.pid}/task/{asking.pid}/children")
+        while not (trial := children.read_text().split()):
+            time.sleep(0.01)
+        process = Path("/proc") / trial[0]
+        while begun and "onnxruntime_pybind11" not in (process / "maps").read_text():
+            time.sleep(0.01)
+        asking.kill()
+    for _ in range(3000):
+        if is_gone(process):
+            return
+        time.sleep(0.01)
+    raise AssertionError("it goes on alone")
+
+
+def is_gone(process: Path) -> bool:
+    """Or waits only for somebody to ask how it ended."""
+    try:
+        return ") Z " in (process / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_memory_is_unbounded_again_afterwards(tmp_path: Path) -> None:

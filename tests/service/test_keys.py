@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
+import shutil
 import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import DEVNULL
 
 import pytest
 from cyclopts import App
 
 from service.errors import WrongCall
 from service.key_verb import key
-from service.keys import KEY_PREFIX, Key, Right, made_key, read_keys
+from service.keys import KEY_PREFIX, Key, KeysFile, Right, made_key, read_keys
 
 DIGEST = "a" * 64
 
@@ -115,6 +123,70 @@ def test_without_a_file_the_line_is_printed(tmp_path: Path, capsys: pytest.Captu
     (line,) = re.findall(r"^line: +(.+)$", printed, re.MULTILINE)
     (kept,) = read_keys(file_with(tmp_path, line))
     assert kept.digest == hashlib.sha256(secret.encode()).digest()
+
+
+def test_keys_made_at_once_are_all_kept(tmp_path: Path) -> None:
+    """Several operators, or a script that runs twice."""
+    path = tmp_path / "made" / "keys.txt"
+    program = "import pathlib, sys; from service.key_verb import key; key(sys.argv[1], file=pathlib.Path(sys.argv[2]))"
+    makers = [subprocess.Popen([sys.executable, "-c", program, f"key{i}", path], stdout=DEVNULL) for i in range(6)]
+    assert [maker.wait(50) for maker in makers] == [0] * 6
+    assert {made.name for made in read_keys(path)} == {f"key{i}" for i in range(6)}
+
+
+def test_the_file_is_its_owners_when_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a moment the service could not read it, if it were given back later."""
+    path = tmp_path / "keys.txt"
+    path.touch()
+    done: list[str] = []
+
+    def noting(act: str, real: Callable[..., None]) -> Callable[..., None]:
+        def act_and_note(*args: object) -> None:
+            done.append(act)
+            real(*args)
+
+        return act_and_note
+
+    for act in ("chown", "replace"):
+        monkeypatch.setattr(os, act, noting(act, getattr(os, act)))
+    run("shop", "--file", str(path))
+    assert done == ["chown", "replace"]
+
+
+def test_a_read_that_failed_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A key that was taken back is good for no longer than files are short; and a failure is said once."""
+    path = file_with(tmp_path, f"shop predict sha256:{DIGEST}\n")
+    file = KeysFile(path)
+    path.write_text("")
+    with monkeypatch.context() as short:
+        short.setattr(Path, "read_text", too_many_open_files)
+        for _ in range(3):
+            file.look_again()
+    assert len(file.keys) == 1
+    assert caplog.text.count("cannot be read: Too many open files; the keys that were read before stay") == 1
+    file.look_again()
+    assert list(file.keys) == []
+
+
+def too_many_open_files(*_: object, **__: object) -> str:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_file_of_the_same_size_and_time_is_another(tmp_path: Path) -> None:
+    """In its place, or exchanged for it."""
+    path = file_with(tmp_path, f"shop predict sha256:{DIGEST}\n")
+    os.utime(path, ns=(5, 5))
+    file = KeysFile(path)
+    other = tmp_path / "other"
+    for act, digest in ((lambda: os.replace(other, path), "b" * 64), (lambda: shutil.copyfile(other, path), "c" * 64)):
+        time.sleep(0.02)  # more than a tick of the file system's clock
+        other.write_text(f"shop predict sha256:{digest}\n")
+        act()
+        os.utime(path, ns=(5, 5))
+        file.look_again()
+        assert [kept.digest.hex() for kept in file.keys] == [digest]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 import socket
 import ssl
@@ -215,6 +217,30 @@ def test_a_renewed_certificate_is_served_without_a_restart(
             while "was read again" not in caplog.text:
                 pass
         assert answers(at, new)
+
+
+def test_a_certificate_that_could_not_be_read_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files were short when it was renewed, at either of the two reads; that is said once."""
+    old, new = write_certificate(tmp_path), write_certificate(tmp_path, "new")
+    tls = Tls(old.certificate, old.key)
+    for reader, name in ((Path, "read_bytes"), (ssl.SSLContext, "load_cert_chain")):
+        before = tls.context
+        shutil.copyfile(new.certificate, old.certificate)
+        shutil.copyfile(new.key, old.key)
+        with monkeypatch.context() as short:
+            short.setattr(reader, name, _too_many_open_files)
+            for _ in range(3):
+                tls.look_again()
+        assert tls.context is before
+        tls.look_again()
+        assert tls.context is not before
+    assert caplog.text.count("cannot be read: Too many open files") == 2
+
+
+def _too_many_open_files(*_: object, **__: object) -> bytes:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def test_what_cannot_be_used_is_a_wrong_call(tmp_path: Path, certificate: Certificate) -> None:

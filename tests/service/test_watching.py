@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,12 @@ EVERY_S = 0.02
 
 def seen(**versions: str) -> Seen:
     """By version, what its files are like now."""
-    return Seen(versions={("net", version[1:]): ((MODEL_FILE, 1, ord(mark)),) for version, mark in versions.items()})
+    marks = {("net", version[1:]): ((MODEL_FILE, 1, 1, 1, ord(mark)),) for version, mark in versions.items()}
+    return Seen(versions=marks)
 
 
 HIDDEN = Seen(unreadable={"": "Stale file handle"})
+ONE_HIDDEN = Seen(versions=seen(v2="a").versions, unreadable={"net/1": "Permission denied"})
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,9 @@ HIDDEN = Seen(unreadable={"": "Stale file handle"})
         pytest.param([seen(), seen(), seen()], [{}, {"net": set()}, {}], id="gone"),
         pytest.param([seen(), seen(v1="a"), seen(v1="a")], [{}, {}, {}], id="gone for a moment"),
         pytest.param([HIDDEN, HIDDEN, seen(v1="a")], [{}, {}, {}], id="not to be read for a while"),
+        pytest.param(
+            [ONE_HIDDEN, ONE_HIDDEN, ONE_HIDDEN], [{}, {"net": {"2"}}, {}], id="beside what is not to be read"
+        ),
         pytest.param(
             [seen(), seen(), seen(v1="a"), seen(v1="a")], [{}, {"net": set()}, {}, {"net": {"1"}}], id="mounted again"
         ),
@@ -78,7 +84,7 @@ def test_a_look_finds_what_is_served(tmp_path: Path) -> None:
     for path in (models, models / "credit", bundle):
         assert list(look(path).versions) == [("credit", "3")]
     (marks,) = look(models).versions.values()
-    assert {name for name, _, _ in marks} >= {MODEL_FILE, PASSPORT_FILE, "test_data_set_0/input_0.pb"}
+    assert {name for name, *_ in marks} >= {MODEL_FILE, PASSPORT_FILE, "test_data_set_0/input_0.pb"}
     (tmp_path / "my net.onnx").touch()
     assert list(look(tmp_path / "my net.onnx").versions) == [("my_net", "1")]
     (models / "credit" / "6").symlink_to(tmp_path / "nowhere")
@@ -119,6 +125,67 @@ def test_a_file_that_is_other_is_seen(tmp_path: Path) -> None:
     golden.write_bytes(golden.read_bytes() + b"x")
     os.utime(golden, ns=(0, 0))
     assert before != set_back != look(tmp_path)
+
+
+@pytest.mark.parametrize("keeping", [True, False], ids=["exchanged", "in its place"])
+def test_a_file_of_the_same_size_and_time_is_another(tmp_path: Path, keeping: bool) -> None:
+    """As `mv` and `cp --preserve` leave it."""
+    golden = write_table_bundle(tmp_path, name="credit") / "test_data_set_0" / "input_0.pb"
+    os.utime(golden, ns=(5, 5))
+    before = look(tmp_path)
+    time.sleep(0.02)  # more than a tick of the file system's clock
+    other = tmp_path / "other"
+    other.write_bytes(golden.read_bytes()[::-1])
+    if keeping:
+        os.replace(other, golden)
+    else:
+        shutil.copyfile(other, golden)
+    os.utime(golden, ns=(5, 5))
+    assert look(tmp_path) != before
+
+
+def test_one_version_that_cannot_be_looked_at_hides_no_other(tmp_path: Path) -> None:
+    """Whatever it is that is wrong with one of its files; in a repository, a model's folder, and under another name."""
+    models = tmp_path / "models"
+    for version in ("1", "2", "3"):
+        write_table_bundle(models, name="credit", version=version)
+    (models / "credit" / "1" / "round").symlink_to("round")
+    deep = models / "credit" / "2"
+    for _ in range(watching.DEEPEST + 2):
+        deep /= "d"
+    deep.mkdir(parents=True)
+    (models / "credit" / "9").mkdir()
+    (models / "credit" / "9" / MODEL_FILE).symlink_to(MODEL_FILE)
+    for path, called in ((models, ""), (models / "credit", ""), (models, "judge")):
+        found = look(path, called=called)
+        name = called or "credit"
+        assert list(found.versions) == [(name, "3")]
+        assert found.unreadable == {
+            f"{name}/1": "Too many levels of symbolic links",
+            f"{name}/2": "its folders are in one another more than 32 deep",
+            f"{name}/9": "Too many levels of symbolic links",
+        }
+    shutil.rmtree(models / "credit" / "3")
+    for path, called in ((models, ""), (models / "credit", ""), (models, "judge")):
+        assert not look(path, called=called).versions
+        assert len(look(path, called=called).unreadable) == 3
+
+
+def test_a_version_that_nobody_may_look_into_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither when it is looked at nor when it is loaded."""
+    write_table_bundle(tmp_path, name="credit", version="1")
+    write_table_bundle(tmp_path, name="credit", version="2")
+    real = os.stat
+
+    def refusing(path: Any, **how: Any) -> os.stat_result:
+        if not isinstance(path, int) and Path(path).parts[-2:-1] == ("1",):
+            raise PermissionError(13, "Permission denied")
+        return real(path, **how)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    assert list(look(tmp_path).versions) == [("credit", "2")]
+    assert look(tmp_path).unreadable == {"credit/1": "Permission denied"}
+    assert [found.version for found in find(tmp_path)] == ["2"]
 
 
 def test_a_folder_that_is_not_there_is_unreadable(tmp_path: Path) -> None:
@@ -304,6 +371,32 @@ def test_a_file_system_that_hangs_keeps_nobody_waiting(tmp_path: Path, monkeypat
     watched(tmp_path, scenario)
 
 
+def test_a_look_that_breaks_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it came upon. It is said once, with where in the code, and so is its end."""
+    models = tmp_path / "models"
+    write_table_bundle(models, name="table")
+    looks: list[bool] = []
+
+    def breaking(path: Path, *, called: str) -> Seen:
+        looks.append(True)
+        raise RecursionError("maximum recursion depth exceeded")
+
+    async def scenario(house: House) -> None:
+        with monkeypatch.context() as broken:
+            broken.setattr(watching, "look", breaking)
+            await house.until(lambda: len(looks) > 3)
+        write_table_bundle(models, name="table", version="2")
+        await house.until(lambda: house.repository.only().version == "2")
+
+    with caplog.at_level(logging.WARNING):
+        watched(models, scenario)
+    assert caplog.text.count("Traceback") == 1
+    assert caplog.text.count("cannot be read: maximum recursion depth exceeded; what was served goes on") == 1
+    assert caplog.text.count("can be read again") == 1
+
+
 def test_who_cannot_load_now_tries_again(tmp_path: Path) -> None:
     """All workers died, say."""
     tried: list[str] = []
@@ -346,6 +439,23 @@ def truncated(folder: Path) -> None:
 
 def half_copied(folder: Path) -> None:
     (folder / "test_data_set_0" / "output_0.pb").unlink()
+
+
+def without_passport(folder: Path) -> None:
+    """A copy of which the passport comes last; its weights are others, and nothing says so."""
+    bit_flipped(folder)
+    (folder / PASSPORT_FILE).unlink()
+
+
+def with_a_passport_that_leads_nowhere(folder: Path) -> None:
+    without_passport(folder)
+    shutil.rmtree(folder / "test_data_set_0")
+    (folder / PASSPORT_FILE).symlink_to("..data/model.json")
+
+
+def nothing_but_the_model(folder: Path) -> None:
+    without_passport(folder)
+    shutil.rmtree(folder / "test_data_set_0")
 
 
 def bit_flipped(folder: Path) -> None:
@@ -425,6 +535,9 @@ def _sign(folder: Path, change: Callable[[Passport], Passport] = lambda passport
         (half_copied, "'test_data_set_0/output_0.pb' cannot be read"),
         (truncated, "refused at the structure door"),
         (bit_flipped, "refused at the digest door"),
+        (without_passport, "it has 'test_data_set_0' and no passport (model.json)"),
+        (with_a_passport_that_leads_nowhere, "'model.json' cannot be read: No such file or directory"),
+        (nothing_but_the_model, "it has no passport (model.json) and version 1 of the model has one; copy all of the"),
         (wrong_digest, "refused at the digest door"),
         (training_mode, "is in training mode"),
         (batch_dependent, "refused at the"),
@@ -487,6 +600,36 @@ def test_what_is_spoiled_where_it_is_served_is_served_as_it_was(tmp_path: Path) 
         assert house.repository.only() is serving
 
     watched(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("spoil", [without_passport, nothing_but_the_model])
+def test_a_copy_without_its_passport_takes_no_place_of_a_bundle(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    """Neither over the version that is served, nor beside it at the next start; a passport that comes late mends it."""
+    folder = write_table_bundle(tmp_path / "models", name="table")
+    passport = (folder / PASSPORT_FILE).read_bytes()
+    whole = (folder / MODEL_FILE).read_bytes()
+
+    async def scenario(house: House) -> None:
+        serving = house.repository.only()
+        spoil(folder)
+        await house.until(lambda: "no passport (model.json)" in house.index()["1"][1])
+        assert house.repository.only() is serving
+        write_table_bundle(tmp_path / "made", name="table")
+        shutil.copytree(tmp_path / "made" / "table" / "1", folder, dirs_exist_ok=True)
+        assert ((folder / PASSPORT_FILE).read_bytes(), (folder / MODEL_FILE).read_bytes()) == (passport, whole)
+        await house.until(lambda: house.index()["1"] == ("READY", ""))
+
+    watched(tmp_path / "models", scenario)
+    spoil(write_table_bundle(tmp_path / "models", name="table", version="2"))
+    repository = load(tmp_path / "models", place("cpu"), Settings(threads=1, max_batch_rows=8))
+    assert repository.only().version == "1"
+    assert "no passport (model.json)" in repository.entries[0].reason
+
+
+def test_plain_files_of_which_none_was_a_bundle_are_served(tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        nothing_but_the_model(write_table_bundle(tmp_path, name="table", version=version))
+    assert load(tmp_path, place("cpu"), Settings(threads=1, max_batch_rows=8)).only().version == "2"
 
 
 def test_the_one_model_may_be_called_otherwise_than_its_folder(tmp_path: Path) -> None:
