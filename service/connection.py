@@ -6,7 +6,7 @@ handed to the predictions as soon as it is read, and its answer leaves in one wr
 same answers by the way of asgi.py.
 
 Rule 1: one request at a time. One that comes before the last is answered goes to uvicorn, which keeps it until then, so
-        answers leave in the order of the requests.
+        answers leave in the order of the requests. What comes behind one that waits so is not even parsed.
 Rule 2: whoever does not read its answers is asgi.py's, which waits for it.
 Rule 3: a request that is here is answered, whatever follows it: bytes that are not HTTP, or the end of the process.
         Once that is near, each answer says that the connection closes, so that the next request goes elsewhere.
@@ -30,7 +30,7 @@ import math
 import re
 import sys
 from collections import deque
-from collections.abc import Sized
+from collections.abc import Callable
 from typing import Any, ClassVar, cast, final
 
 import httptools
@@ -79,6 +79,12 @@ _NO_PATH = (UnicodeDecodeError, httptools.HttpParserInvalidURLError)
 _LONGEST_URL = 512
 
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+
+PART_BYTES = 2 * 1024
+"""What comes is parsed in parts of this size, and no further while a request waits for its turn: the smallest requests
+have 18 bytes, and a single read may bring ten thousand of them. Most requests are here in one part."""
+
+_NOTHING = memoryview(b"")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -149,12 +155,12 @@ class Exchange:
 class Flow(FlowControl):
     """Reads nothing while a request waits for its turn; uvicorn would read on with each answer, and hold all of it."""
 
-    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
+    def __init__(self, transport: asyncio.Transport, waits: Callable[[], bool]) -> None:
         super().__init__(transport)
-        self._pipeline = pipeline
+        self._waits = waits
 
     def resume_reading(self) -> None:
-        if not self._pipeline:
+        if not self._waits():
             super().resume_reading()
 
 
@@ -183,19 +189,54 @@ class Connection(HttpToolsProtocol):
         """What came since the last part of a body: of a head, or of what may follow a body in chunks."""
         self._held = Held(app.bodies)
         """Of bodies, what is here and waits: for the rest, or for its turn."""
+        self._unparsed = _NOTHING
+        """What is here and is parsed when those before it are answered."""
+        self._parsing = False
         self._unsent_bytes = 0
         self._unsent_since_s = self.loop.time()
         """When the client was last seen reading what is written."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.flow = Flow(transport, self.pipeline)
+        self.flow = Flow(transport, lambda: bool(self.pipeline or self._unparsed))
 
     # what is read
 
     def data_received(self, data: bytes) -> None:
         self._first = True
-        if b"pgrade:" in data and not self._reading:
+        if len(data) <= PART_BYTES and not self._unparsed:
+            self._parse(data)
+        else:
+            self._parse_parts(data)
+
+    def _parse_parts(self, data: bytes) -> None:
+        """This, after what waits to be parsed, as far as it is due; the rest is kept."""
+        waited = self._unparsed
+        self._held.hold(self._held.count_bytes - len(waited))
+        self._unparsed = memoryview(b"".join([waited, data]) if waited else data)
+        self._parsing = True
+        while self._unparsed and not self.pipeline and not self.transport.is_closing():
+            exchange = self._exchange
+            size = PART_BYTES if exchange is None else max(PART_BYTES, exchange.left_bytes)
+            part, self._unparsed = self._unparsed[:size], self._unparsed[size:]
+            self._parse(bytes(part))
+        self._parsing = False
+        if self._unparsed:
+            self.flow.pause_reading()
+            try:
+                self._held.hold(self._held.count_bytes + len(self._unparsed))
+            except ServerFull as error:
+                self._give_up(error)
+
+    def _go_on(self) -> None:
+        """With what waited to be parsed until those before it were answered, and then with what comes."""
+        if not self.transport.is_closing():
+            self._first = True
+            self._parse_parts(b"")
+            self.flow.resume_reading()
+
+    def _parse(self, data: bytes) -> None:
+        if not self._reading:
             data = _without_upgrade(data)
         self._unhanded_bytes += len(data)
         super().data_received(data)
@@ -370,11 +411,14 @@ class Connection(HttpToolsProtocol):
             self._start_asgi_task(cycle, app)
         if self.flow.read_paused:
             self.flow.resume_reading()
+        if self._unparsed and not self._parsing:
+            self.loop.call_soon(self._go_on)
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._held.hold(0)
+        self._unparsed = _NOTHING
         for cycle in self._owed:  # uvicorn tells the last that came, and that may not be the one that is computed
             cycle.disconnected = True
             cycle.message_event.set()
@@ -391,6 +435,7 @@ class Connection(HttpToolsProtocol):
         """Nothing more is read; the answers that are owed are given first, and one request has one answer."""
         if self.transport.is_closing():
             return
+        self._unparsed = _NOTHING
         if last := self._last_owed():
             last.keep_alive = False
             self.flow.pause_reading()
@@ -453,5 +498,7 @@ def _without_upgrade(data: bytes) -> bytes:
 
     The parser would stop at it and lose the body. Java's HTTP client asks for HTTP/2 that way with every first request.
     """
+    if b"pgrade:" not in data:
+        return data
     head, end, rest = data.partition(b"\r\n\r\n")
     return _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest

@@ -26,7 +26,7 @@ from service import http_server
 from service.app import create_app
 from service.asgi import Application
 from service.coalescing import Coalescer
-from service.connection import BEGIN_S, KEEP_ALIVE_S, LAST_REQUEST_S, RATE_BYTES_S, UNREAD_S, Connection
+from service.connection import BEGIN_S, KEEP_ALIVE_S, LAST_REQUEST_S, PART_BYTES, RATE_BYTES_S, UNREAD_S, Connection
 from service.large_body import LARGE_BODY_BYTES, place_for
 from service.protocol import v2
 from service.repository import Entry, Repository, load
@@ -1174,7 +1174,7 @@ def test_bodies_that_wait_for_their_turn_are_counted(repository: Repository, loo
     ):
         client.send_apart(few(1) + 2 * waiting)
         runtime.wait_until_it_runs()
-        assert held_bytes(served) == 2 * 15_000
+        assert 2 * 15_000 <= held_bytes(served) < 2 * 15_300
         other.send_apart(few(2), waiting[:10_000])
         runtime.let_go.set()
         assert [client.answer().status for _ in range(3)] == [200, 404, 404]
@@ -1183,27 +1183,27 @@ def test_bodies_that_wait_for_their_turn_are_counted(repository: Repository, loo
         served.until(lambda: served.app.bodies.held_bytes == 0)
 
 
+@pytest.mark.parametrize("one", [b"GET / HTTP/1.1\r\n\r\n", ALIVE, numbered(1)], ids=["smallest", "small", "named"])
 def test_who_sends_many_requests_is_read_as_fast_as_it_is_answered(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    served: Served, monkeypatch: pytest.MonkeyPatch, one: bytes
 ) -> None:
-    """What is read beyond the request that is answered is a packet, and does not grow with each answer."""
+    """However many come in a packet, few are begun before those ahead of them are answered; and none is lost."""
     most = 0
-    answered = Connection.on_response_complete
+    began = Connection.on_message_complete
 
     def noted(connection: Connection) -> None:
         nonlocal most
-        answered(connection)
-        most = max(most, len(connection.pipeline))
+        began(connection)
+        most = max(most, len(connection._owed))
 
-    monkeypatch.setattr(Connection, "on_response_complete", noted)
-    one = message("/v2/health/live", b"", [("x-padding", "x" * 2000)], method="GET")
-    count = 1500
+    monkeypatch.setattr(Connection, "on_message_complete", noted)
+    count = 3000
     with served.connect() as client:
         sending = threading.Thread(target=client.send, args=[one * count])
         sending.start()
-        assert {client.answer().status for _ in range(count)} == {200}
+        assert len({client.answer().status for _ in range(count)}) == 1
         sending.join()
-    assert 0 < most < 2 * 2**18 / len(one)
+    assert 0 < most < 2 * PART_BYTES / len(one) + 2
 
 
 @given(size=st.integers(0, 200_000), json_bytes=st.integers(0, 5000))
