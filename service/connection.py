@@ -28,7 +28,6 @@ import asyncio
 import functools
 import math
 import re
-import sys
 from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar, cast, final
@@ -77,8 +76,6 @@ _NO_PATH = (UnicodeDecodeError, httptools.HttpParserInvalidURLError)
 """What uvicorn raises where the target of a request is not one."""
 
 _LONGEST_URL = 512
-
-_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 PART_BYTES = 2 * 1024
 """What comes is parsed in parts of this size, and no further while a request waits for its turn: the smallest requests
@@ -219,7 +216,7 @@ class Connection(HttpToolsProtocol):
             exchange = self._exchange
             size = PART_BYTES if exchange is None else max(PART_BYTES, exchange.left_bytes)
             part, self._unparsed = self._unparsed[:size], self._unparsed[size:]
-            self._parse(bytes(part))
+            self._parse(part)
         self._parsing = False
         if self._unparsed:
             self.flow.pause_reading()
@@ -235,11 +232,19 @@ class Connection(HttpToolsProtocol):
             self._parse_parts(b"")
             self.flow.resume_reading()
 
-    def _parse(self, data: bytes) -> None:
-        if not self._reading:
-            data = _without_upgrade(data)
+    def _parse(self, data: bytes | memoryview) -> None:
         self._unhanded_bytes += len(data)
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            head, rest = self._head_without_upgrade(), memoryview(data)[upgrade.args[0] :]
+            self.parser = _parser(self)
+            self._parse(head)
+            self._parse(rest)
+            return
+        except httptools.HttpParserError as error:
+            self._unreadable(error)
+            return
         if self._unhanded_bytes > MOST_HEAD_BYTES:
             self._unhanded_bytes = 0
             self._give_up(_too_large())
@@ -265,8 +270,7 @@ class Connection(HttpToolsProtocol):
         if exchange.left_bytes:
             self._hold(exchange)
         else:
-            self.parser = httptools.HttpRequestParser(self)  # the one before waits for a body that it will not see
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+            self.parser = _parser(self)  # the one before waits for a body that it will not see
             self._hand_over(self)
             self._first = True
             self.on_message_complete()
@@ -290,6 +294,10 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._check_head()
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise BadRequest("CONNECT is for proxies, and this is none; send the request itself")
+            return  # the parser stops here, and `_parse` goes on
         self._head_read = True
         self._exchange = self._short_way()
         if self._exchange is not None:
@@ -316,6 +324,8 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if not self._head_read:
+            return
         self._reading = False
         self._unhanded_bytes = 0
         exchange, self._exchange = self._exchange, None
@@ -342,10 +352,20 @@ class Connection(HttpToolsProtocol):
             client=self.client,
         )
 
+    def _head_without_upgrade(self) -> bytes:
+        """Of a request that asks for another protocol, which may be ignored (RFC 9110, section 7.8).
+
+        The parser takes what follows such a head for the other protocol, so it is given this one. Java's HTTP client
+        asks for HTTP/2 that way with every first request.
+        """
+        first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        lines = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([first, *lines, b"", b""])
+
     def _check_head(self) -> None:
         """
         Raises:
-            HeadersTooLarge: the parser goes no further, and asks for `send_400_response`.
+            HeadersTooLarge: the parser goes no further, and asks for `_unreadable`.
         """
         size = self._unhanded_bytes  # with what follows the head, so it is counted anew only where it may be too large
         if size > MOST_HEAD_BYTES:
@@ -423,11 +443,12 @@ class Connection(HttpToolsProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
 
-    def send_400_response(self, msg: str) -> None:
+    def _unreadable(self, error: httptools.HttpParserError) -> None:
         """What cannot be read ends the connection."""
-        error = sys.exception()
-        if not isinstance(error, httptools.HttpParserCallbackError) or isinstance(error.__context__, _NO_PATH):
-            self._give_up(BadRequest(f"the request is not valid HTTP/1.1: {msg.rstrip('.')}"))
+        if not isinstance(error, httptools.HttpParserCallbackError):
+            self._give_up(BadRequest(f"the request is not valid HTTP/1.1: {error}"))
+        elif isinstance(error.__context__, _NO_PATH):
+            self._give_up(BadRequest("the request is not valid HTTP/1.1: its target is not a path"))
         else:
             self._give_up(error.__context__ if isinstance(error.__context__, RequestError) else error)
 
@@ -489,16 +510,12 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
 
+def _parser(connection: Connection) -> httptools.HttpRequestParser:
+    """As uvicorn makes its own: what follows a last request is passed over."""
+    parser = httptools.HttpRequestParser(connection)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
+
+
 def _too_large() -> HeadersTooLarge:
     return HeadersTooLarge(url_bytes=MOST_URL_BYTES, headers=MOST_HEADERS, head_bytes=MOST_HEAD_BYTES)
-
-
-def _without_upgrade(data: bytes) -> bytes:
-    """The beginning of a request that asks for another protocol, which may be ignored (RFC 9110, section 7.8).
-
-    The parser would stop at it and lose the body. Java's HTTP client asks for HTTP/2 that way with every first request.
-    """
-    if b"pgrade:" not in data:
-        return data
-    head, end, rest = data.partition(b"\r\n\r\n")
-    return _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest

@@ -396,6 +396,36 @@ def test_an_offer_of_http_2_is_passed_over(served: Served, chunked: bool) -> Non
         assert client.ask(ask.chunked() if chunked else ask.declared()).status == 200
 
 
+HTTP_2 = (("connection", "Upgrade, HTTP2-Settings"), ("upgrade", "h2c"), ("http2-settings", "AAMAAABk"))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("where", [b"connection", b"pgrade:", b"h2c", b"http2-settings", b"\r\n\r\n", b"{"])
+def test_an_offer_is_passed_over_wherever_the_head_is_split(served: Served, where: bytes, chunked: bool) -> None:
+    """And what is in the body is never taken for a request."""
+    ask = Ask(SMALL.path, ALIVE, SMALL.headers).but(*HTTP_2)
+    for request, status in ((ask, 400), (SMALL.but(*HTTP_2), 200)):
+        content = request.chunked() if chunked else request.declared()
+        split = content.find(where) + 1 or len(content) // 2
+        with served.connect() as client:
+            client.send_apart(content[:split], content[split:])
+            assert client.answer().status == status
+            assert client.ask(SMALL.declared()).status == 200
+
+
+def test_an_offer_is_passed_over_behind_other_requests(served: Served) -> None:
+    with served.connect() as client:
+        client.send((SMALL.declared() + SMALL.but(*HTTP_2).declared() + SMALL.but(*HTTP_2).chunked()) * 3 + ALIVE)
+        assert [client.answer().status for _ in range(10)] == [200] * 10
+
+
+def test_nobody_is_connected_to_somewhere_else(served: Served) -> None:
+    """This is no proxy; and what follows such a head is not read."""
+    with served.connect() as client:
+        assert is_refused(client.ask(b"CONNECT other:1 HTTP/1.1\r\n\r\n" + ALIVE), 400, "bad_request")
+        assert client.rest() == b""
+
+
 def test_a_length_of_very_many_digits_is_no_error_of_ours(served: Served) -> None:
     """However it is answered, it is not with a 500 and a traceback in the log."""
     padded = message(SMALL.path, SMALL.body, SMALL.headers, version="1.0").replace(
