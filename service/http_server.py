@@ -7,7 +7,9 @@ Rule 2: in a turn of the loop, as many connections are taken as there are. If it
         the more, the more it has already, so that a thousand take some twenty turns and not some hundreds.
 Rule 3: nothing that was accepted is lost when the process ends. After SIGTERM it is not ready, but answers all that
         comes for a while, until those who send it have noticed; each answer closes its connection. Then nobody is let
-        in any more, what is there is answered, and the process ends. Ctrl-C goes without the while.
+        in any more, what is there is answered, and the process ends. Ctrl-C goes without the while, also during it; a
+        second SIGTERM changes nothing, since systemd sends one to each process and the supervisor another to each
+        worker.
         It ends also if the engine never comes back: a thread cannot be stopped, but it can be left behind.
 Rule 4: over TLS, who does not complete the handshake in time, or speaks something else, is let go of, and nobody waits.
 """
@@ -113,7 +115,9 @@ class Server(uvicorn.Server):
         self._shutdown_delay_s = shutdown_delay_s
         self._max_connections = max_connections
         self._takes_at_once = takes_at_once
-        self._signals = asyncio.Queue[int]()
+        self._signalled = asyncio.Event()
+        self._terminated = self._interrupted = False
+        """By a signal; known from the moment that it came, and not when the loop has time for it."""
         self._tls = tls
         self._connecting: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -138,24 +142,23 @@ class Server(uvicorn.Server):
         self._when_listening()
 
     async def main_loop(self) -> None:
-        signum: int | None = None
         while not self.should_exit:
-            signum = await self._signal_within(TICK_S)
+            await self._signal_within(TICK_S)
         self._app.readiness.ending = True
         loop = asyncio.get_running_loop()
-        end_s = loop.time() + (self._shutdown_delay_s if signum == signal.SIGTERM else 0.0)
-        signum = None
-        while signum is None and (left_s := end_s - loop.time()) > 0:
-            signum = await self._signal_within(min(left_s, TICK_S))
+        end_s = loop.time() + (self._shutdown_delay_s if self._terminated else 0.0)
+        while not self._interrupted and (left_s := end_s - loop.time()) > 0:
+            await self._signal_within(min(left_s, TICK_S))
 
-    async def _signal_within(self, limit_s: float) -> int | None:
-        """The next signal; or None, after looking after everything."""
+    async def _signal_within(self, limit_s: float) -> None:
+        """Wait for a signal, or look after everything."""
         try:
-            return await asyncio.wait_for(self._signals.get(), limit_s)
+            await asyncio.wait_for(self._signalled.wait(), limit_s)
         except TimeoutError:
             await self.on_tick(0)
             self._look_after()
-            return None
+        else:
+            self._signalled.clear()
 
     def _look_after(self) -> None:
         """Clients that are late, and files that have changed."""
@@ -168,8 +171,10 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
+        self._terminated |= sig == signal.SIGTERM
+        self._interrupted |= sig == signal.SIGINT
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._signals.put_nowait, sig)
+            self._loop.call_soon_threadsafe(self._signalled.set)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
