@@ -19,6 +19,7 @@ Rule 6: nobody holds a connection for nothing. The server looks now and then (`c
     the client's       no request has begun                            KEEP_ALIVE_S, then it is closed
     the client's       a request has begun and is not here yet         BEGIN_S and by its size, then 408
     ours               a request is here and not answered              it is answered, or its own deadline has come
+    the client's       it was refused by its head, and still sends        LINGER_S and LINGER_BYTES, then it is cut
     the client's       something is written that it does not read      UNREAD_S without any progress, then it is cut
 """
 
@@ -54,6 +55,15 @@ RATE_BYTES_S = 16 * 1024
 """A request has to be here after `BEGIN_S`, and a second more for each so many bytes of its body."""
 
 UNREAD_S = 30.0
+
+LINGER_S = 2.0
+LINGER_BYTES = 1024 * 1024
+"""Who was answered before its body was here may send so much and so long more, so that it comes to read the answer: a
+socket that is closed with something unread in it takes the answer back."""
+
+SKIPPED_BYTES = 64 * 1024
+"""A body that is declared and not larger is read to its end, whatever its request was answered, and the connection
+serves on."""
 
 LAST_REQUEST_S = 2.0
 """How long a request that has begun, or a first one, is waited for when the process ends."""
@@ -162,6 +172,19 @@ class Flow(FlowControl):
 
 
 @final
+class Early:
+    """The transport of a request whose body is not here: if it is answered before, the connection ends gently."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing
+
+    def close(self) -> None:
+        self._connection.linger()
+
+
+@final
 class Connection(HttpToolsProtocol):
     """uvicorn's connection, with a shorter way for predictions.
 
@@ -178,6 +201,8 @@ class Connection(HttpToolsProtocol):
         self._reading = False
         """A request has begun and is not here yet."""
         self._head_read = False
+        self._closes = False
+        """The request that came last and is not ours is the last, whatever becomes of its body."""
         self._first = True
         """Nothing was computed yet for what came in this turn."""
         self._deadline_s = self.loop.time() + KEEP_ALIVE_S
@@ -189,6 +214,8 @@ class Connection(HttpToolsProtocol):
         self._unparsed = _NOTHING
         """What is here and is parsed when those before it are answered."""
         self._parsing = False
+        self._lingering_bytes: int | None = None
+        """What may still come after the last answer; None before it."""
         self._unsent_bytes = 0
         self._unsent_since_s = self.loop.time()
         """When the client was last seen reading what is written."""
@@ -200,11 +227,22 @@ class Connection(HttpToolsProtocol):
     # what is read
 
     def data_received(self, data: bytes) -> None:
+        if self._lingering_bytes is not None:
+            self._pass_over(len(data))
+            return
         self._first = True
         if len(data) <= PART_BYTES and not self._unparsed:
             self._parse(data)
         else:
             self._parse_parts(data)
+        if self._exchange is not None:
+            self._read_on(self._exchange)
+
+    def _read_on(self, exchange: Exchange) -> None:
+        """More of its body is to come."""
+        self._hold(exchange)
+        if exchange.place is not None and exchange.left_bytes and not self._ended:
+            self._hand_over(LargeBody(self, exchange.room(), self._took))
 
     def _parse_parts(self, data: bytes) -> None:
         """This, after what waits to be parsed, as far as it is due; the rest is kept."""
@@ -212,7 +250,7 @@ class Connection(HttpToolsProtocol):
         self._held.hold(self._held.count_bytes - len(waited))
         self._unparsed = memoryview(b"".join([waited, data]) if waited else data)
         self._parsing = True
-        while self._unparsed and not self.pipeline and not self.transport.is_closing():
+        while self._unparsed and not self.pipeline and not self._ended:
             exchange = self._exchange
             size = PART_BYTES if exchange is None else max(PART_BYTES, exchange.left_bytes)
             part, self._unparsed = self._unparsed[:size], self._unparsed[size:]
@@ -227,10 +265,12 @@ class Connection(HttpToolsProtocol):
 
     def _go_on(self) -> None:
         """With what waited to be parsed until those before it were answered, and then with what comes."""
-        if not self.transport.is_closing():
+        if not self._ended:
             self._first = True
             self._parse_parts(b"")
             self.flow.resume_reading()
+            if self._exchange is not None:
+                self._read_on(self._exchange)
 
     def _parse(self, data: bytes | memoryview) -> None:
         self._unhanded_bytes += len(data)
@@ -248,11 +288,27 @@ class Connection(HttpToolsProtocol):
         if self._unhanded_bytes > MOST_HEAD_BYTES:
             self._unhanded_bytes = 0
             self._give_up(_too_large())
-        exchange = self._exchange
-        if exchange is not None:  # more of its body is to come
-            self._hold(exchange)
-            if exchange.place is not None and exchange.left_bytes:
-                self._hand_over(LargeBody(self, exchange.room(), self._took))
+
+    def linger(self) -> None:
+        """Nothing more is answered; what the client sends all the same is passed over for a while."""
+        if self._lingering_bytes is not None or self.transport.is_closing():
+            return
+        self._lingering_bytes = LINGER_BYTES
+        self._deadline_s = self.loop.time() + LINGER_S
+        self._reading = False
+        self._exchange = None
+        self._unparsed = _NOTHING
+        self._held.hold(0)
+        if self.transport.can_write_eof():  # not over TLS
+            self.transport.write_eof()
+        self.flow.read_paused = False
+        self._hand_over(self)
+
+    def _pass_over(self, count_bytes: int) -> None:
+        assert self._lingering_bytes is not None
+        self._lingering_bytes -= count_bytes
+        if self._lingering_bytes < 0:
+            self.transport.pause_reading()
 
     def _hold(self, exchange: Exchange) -> None:
         """Count what is here of a body that is not here whole."""
@@ -309,16 +365,23 @@ class Connection(HttpToolsProtocol):
             self.scope["headers"] = headers
             self.scope["extensions"] = {GONE: {GONE: self.transport.is_closing}}
             super().on_headers_complete()
-            if self._application.readiness.ending:
-                self.cycle.keep_alive = False
+            self._closes = self._application.readiness.ending or not self.cycle.keep_alive
+            size = declared_bytes(headers_by_name(headers))
+            if size is None or size > SKIPPED_BYTES or expects:
+                self.cycle.keep_alive = False  # until its body is here
+                self.cycle.transport = cast(asyncio.Transport, Early(self))
+            else:
+                self.cycle.keep_alive = not self._closes
         self._owed.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._unhanded_bytes = 0
-        self._deadline_s += len(body) / RATE_BYTES_S
         if self._exchange is not None:
+            self._deadline_s += len(body) / RATE_BYTES_S
             self._exchange.take(body)
             return
+        if not self.cycle.response_complete:
+            self._deadline_s += len(body) / RATE_BYTES_S
         if self.pipeline:
             self._held.hold(self._held.count_bytes + len(body))
         super().on_body(body)
@@ -330,6 +393,10 @@ class Connection(HttpToolsProtocol):
         self._unhanded_bytes = 0
         exchange, self._exchange = self._exchange, None
         if exchange is None:
+            cycle = self.cycle
+            cycle.transport = self.transport
+            if not cycle.response_started:
+                cycle.keep_alive = not self._closes
             super().on_message_complete()
             self._wait()
             return
@@ -403,6 +470,8 @@ class Connection(HttpToolsProtocol):
         exchange.response_complete = True
         if not self.transport.is_closing():
             self._write(status, said, content, keep_alive=exchange.keep_alive)
+            if not exchange.keep_alive:
+                self.transport.close()
         self.on_response_complete()
 
     def _write(self, status: int, said: Said, content: bytes, *, keep_alive: bool) -> None:
@@ -417,13 +486,11 @@ class Connection(HttpToolsProtocol):
             self.transport.write(b"".join(lines))
         else:
             self.transport.writelines([b"".join(lines), content])
-        if not keep_alive:
-            self.transport.close()
 
     def on_response_complete(self) -> None:
         """Go on with what came meanwhile, else wait for what comes next. Called for answers of either way."""
         self._owed.popleft()
-        if self.transport.is_closing():
+        if self._ended:
             return
         if self.pipeline:
             cycle, app = self.pipeline.pop()
@@ -454,7 +521,7 @@ class Connection(HttpToolsProtocol):
 
     def _give_up(self, error: BaseException) -> None:
         """Nothing more is read; the answers that are owed are given first, and one request has one answer."""
-        if self.transport.is_closing():
+        if self._ended:
             return
         self._unparsed = _NOTHING
         if last := self._last_owed():
@@ -464,6 +531,10 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         else:
             self._refuse(error)
+            if self._reading and self._head_read:
+                self.linger()
+            else:
+                self.transport.close()
 
     def _refuse(self, error: BaseException) -> None:
         given = request_id({})
@@ -474,6 +545,11 @@ class Connection(HttpToolsProtocol):
     def _last_owed(self) -> Exchange | RequestResponseCycle | None:
         """The last of the requests that are here and not answered."""
         return next((cycle for cycle in reversed(self._owed) if not cycle.more_body), None)
+
+    @property
+    def _ended(self) -> bool:
+        """Nothing more is read or answered."""
+        return self._lingering_bytes is not None or self.transport.is_closing()
 
     # whose turn it is
 
@@ -502,8 +578,11 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close after what is owed; a request that has begun, and a first one, may still arrive."""
+        if self._ended:
+            return
         if self._owed:
             self._owed[-1].keep_alive = False
+            self._closes = True
         elif self._reading or self.cycle is None:
             self._deadline_s = min(self._deadline_s, self.loop.time() + LAST_REQUEST_S)
         else:

@@ -26,7 +26,17 @@ from service import http_server
 from service.app import create_app
 from service.asgi import Application
 from service.coalescing import Coalescer
-from service.connection import BEGIN_S, KEEP_ALIVE_S, LAST_REQUEST_S, PART_BYTES, RATE_BYTES_S, UNREAD_S, Connection
+from service.connection import (
+    BEGIN_S,
+    KEEP_ALIVE_S,
+    LAST_REQUEST_S,
+    LINGER_BYTES,
+    LINGER_S,
+    PART_BYTES,
+    RATE_BYTES_S,
+    UNREAD_S,
+    Connection,
+)
 from service.large_body import LARGE_BODY_BYTES, place_for
 from service.protocol import v2
 from service.repository import Entry, Repository, load
@@ -975,15 +985,70 @@ def test_who_does_not_read_holds_nothing_for_ever(narrow: Served, content: bytes
 
 
 def test_idle_is_idle_also_after_an_early_answer(served: Served) -> None:
-    """A wrong content type is refused by the head; the body is read all the same, and the connection used again."""
-    content = SMALL.but(("content-type", "text/plain")).chunked()
+    """A wrong method is refused by the head; a small body is read all the same, and the connection used again."""
+    content = message(SMALL.path, SMALL.body, SMALL.headers, method="PUT")
     end = content.index(b"\r\n\r\n") + 4
     with served.connect() as client:
-        assert client.ask(content[:end]).status == 415
+        assert client.ask(content[:end]).status == 405
         client.send_apart(content[end:])
+        assert client.ask(SMALL.declared()).status == 200
         served.pass_s(KEEP_ALIVE_S - 1)
         assert served.connections == 1
         served.pass_s(2)
+        assert client.rest() == b""
+
+
+EARLY = {
+    "too large": (413, message(SMALL.path, b"", SMALL.headers).replace(b"length: 0", b"length: 10000000000")),
+    "another method": (405, message(SMALL.path, b"1", SMALL.headers, method="PUT", chunks=[1])[:-6]),
+    "another type": (415, sample(b"1").but(("content-type", "text/plain")).chunked()[:-6]),
+    "no route": (404, message("/nowhere", b"", SMALL.headers).replace(b"length: 0", b"length: 10000000000")),
+}
+
+
+@pytest.mark.parametrize(("status", "head"), EARLY.values(), ids=EARLY.keys())
+def test_who_is_refused_by_the_head_and_goes_on_is_cut_off(served: Served, status: int, head: bytes) -> None:
+    """It may read the answer, whatever it has sent meanwhile; then its time is over, and nothing buys it more."""
+    with served.connect() as client:
+        client.send_apart(head)
+        for _ in range(5):
+            client.send_apart(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+        answer = client.answer()
+        assert (answer.status, answer["connection"]) == (status, "close")
+        assert client.rest() == b""
+        for _ in range(40):
+            client.send_apart(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+        served.pass_s(LINGER_S + 1)
+        served.until_connections(0)
+
+
+@pytest.mark.parametrize(("status", "head"), EARLY.values(), ids=EARLY.keys())
+def test_of_a_body_that_is_refused_not_much_is_read(served: Served, status: int, head: bytes) -> None:
+    """What the system takes for itself is a few megabytes."""
+    with served.connect() as client:
+        assert client.ask(head).status == status
+        client.socket.settimeout(0.3)
+        with pytest.raises(OSError, match=r"timed out|reset|Broken"):
+            client.send(b"x" * 64 * 2**20)
+        assert served.note_of(client.name) < 2 * LINGER_BYTES
+
+
+def test_who_asks_whether_to_go_on_and_may_not_is_closed(served: Served) -> None:
+    """It may send the body or not: nobody can know what comes next."""
+    with served.connect() as client:
+        head = message(SMALL.path, b"{}", [JSON, ("expect", "100-continue")], method="PUT")[:-2]
+        answer = client.ask(head)
+        assert (answer.status, answer["connection"]) == (405, "close")
+        assert client.rest() == b""
+
+
+def test_what_is_passed_over_buys_no_time(served: Served) -> None:
+    """Of a small body, whose request was answered."""
+    head = message(SMALL.path, b"x" * 60_000, SMALL.headers, method="PUT")[:-60_000]
+    with served.connect() as client:
+        assert client.ask(head).status == 405
+        client.send_apart(b"x" * 59_999)
+        served.pass_s(BEGIN_S + 1)
         assert client.rest() == b""
 
 
