@@ -16,7 +16,8 @@ Rule 6: nobody holds a connection for nothing. The server looks now and then (`c
         each request.
 
     whose turn         while                                           until
-    the client's       no request has begun                            KEEP_ALIVE_S, then it is closed
+    the client's       nothing has come yet                            BEGIN_S, then it is closed
+    the client's       no request has begun                            KEEP_ALIVE_S, or another needs the place
     the client's       a request has begun and is not here yet         BEGIN_S and by its size, then 408
     ours               a request is here and not answered              it is answered, or its own deadline has come
     the client's       it was refused by its head, and still sends        LINGER_S and LINGER_BYTES, then it is cut
@@ -205,7 +206,7 @@ class Connection(HttpToolsProtocol):
         """The request that came last and is not ours is the last, whatever becomes of its body."""
         self._first = True
         """Nothing was computed yet for what came in this turn."""
-        self._deadline_s = self.loop.time() + KEEP_ALIVE_S
+        self._deadline_s = self.loop.time() + BEGIN_S
         """On the clock of the event loop; infinite while it is our turn."""
         self._unhanded_bytes = 0
         """What came since the last part of a body: of a head, or of what may follow a body in chunks."""
@@ -559,6 +560,12 @@ class Connection(HttpToolsProtocol):
             self._deadline_s = math.inf
         else:
             self._deadline_s = self.loop.time() + (BEGIN_S if self._reading else KEEP_ALIVE_S)
+
+    @property
+    def idle_until_s(self) -> float:
+        """When it is let go of if nothing comes; infinite if something has begun."""
+        idle = not (self._reading or self._owed or self._ended or self.transport.get_write_buffer_size())
+        return self._deadline_s if idle else math.inf
 
     def close_if_late(self) -> None:
         """Let go of a client that has not kept its deadline."""

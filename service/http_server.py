@@ -11,14 +11,17 @@ Rule 3: nothing that was accepted is lost when the process ends. After SIGTERM i
         second SIGTERM changes nothing, since systemd sends one to each process and the supervisor another to each
         worker.
         It ends also if the engine never comes back: a thread cannot be stopped, but it can be left behind.
-Rule 4: over TLS, who does not complete the handshake in time, or speaks something else, is let go of, and nobody waits.
+Rule 4: silence keeps nobody out: where all places are taken, who is idle goes, and first who would go first anyhow.
+Rule 5: over TLS, who does not complete the handshake in time, or speaks something else, is let go of, and nobody waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import heapq
 import logging
+import math
 import os
 import signal
 import socket
@@ -65,6 +68,9 @@ CONNECTING_LIMIT_S = 1.0
 DRAIN_TICK_S = 0.05
 
 FULL_PAUSE_S = 0.1
+_ROOM_OF = 64
+"""When all places are taken, one in so many is made free of those that are idle."""
+
 EXHAUSTED_PAUSE_S = 1.0
 """Without a free file descriptor a connection is left waiting for so long, as asyncio's own servers do."""
 
@@ -105,7 +111,7 @@ class Server(uvicorn.Server):
         """
         Args:
             shutdown_delay_s: after SIGTERM, how long it is not ready and answers all the same.
-            max_connections: while so many are open, others wait to be taken.
+            max_connections: while so many are open, others wait to be taken, until those that are idle make room.
             takes_at_once: so many connections are taken in a turn of the loop, or a quarter of those that are open.
             tls: None for plain HTTP.
         """
@@ -217,8 +223,10 @@ class Server(uvicorn.Server):
         Args:
             most: so many connections; 0: as many as are taken in a turn.
         """
-        for _ in range(most or max(self._takes_at_once, len(self.server_state.connections) // _MORE_WITH)):
+        for turn in range(most or max(self._takes_at_once, len(self.server_state.connections) // _MORE_WITH)):
             if len(self.server_state.connections) + len(self._connecting) >= self._max_connections:
+                if turn == 0:  # somebody waits
+                    self._make_room()
                 self._pause(FULL_PAUSE_S)
                 return
             try:
@@ -233,6 +241,14 @@ class Server(uvicorn.Server):
             task = asyncio.ensure_future(self._connect(taken))
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
+
+    def _make_room(self) -> None:
+        """Of the connections that are idle, those go that would go first anyhow: a few at once, for they are looked for
+        among all."""
+        idle = [one for one in self._connections if one.idle_until_s < math.inf]
+        few = max(1, len(self.server_state.connections) // _ROOM_OF)
+        for connection in heapq.nsmallest(few, idle, key=lambda one: one.idle_until_s):
+            connection.transport.close()
 
     async def _connect(self, taken: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -853,8 +853,8 @@ def test_half_a_request_is_answered_408(served: Served, half: bytes, before: byt
 @pytest.mark.parametrize(
     ("content", "patience_s"),
     [
-        (b"", KEEP_ALIVE_S),
-        (b"\r\n", KEEP_ALIVE_S),
+        (b"", BEGIN_S),
+        (b"\r\n", BEGIN_S),
         (SMALL.declared(), KEEP_ALIVE_S),
         (SMALL.chunked(), KEEP_ALIVE_S),
         (IMAGE.declared(), KEEP_ALIVE_S),
