@@ -121,6 +121,8 @@ class Server(uvicorn.Server):
         self._shutdown_delay_s = shutdown_delay_s
         self._max_connections = max_connections
         self._takes_at_once = takes_at_once
+        self._failed: list[Callable[[], None]] = []
+        """Of what is looked after: what has failed already."""
         self._signalled = asyncio.Event()
         self._terminated = self._interrupted = False
         """By a signal; known from the moment that it came, and not when the loop has time for it."""
@@ -167,11 +169,20 @@ class Server(uvicorn.Server):
             self._signalled.clear()
 
     def _look_after(self) -> None:
-        """Clients that are late, and files that have changed."""
+        """Clients that are late, and files that have changed; what fails ends neither the rest nor the process."""
+        for look in (self._let_late_go, self._app.predictions.drop_late, self._app.access.look_again, self._read_again):
+            try:
+                look()
+            except Exception:
+                if look not in self._failed:
+                    self._failed.append(look)
+                    _log.exception("what is looked after once a second failed; it is tried again, and not said again")
+
+    def _let_late_go(self) -> None:
         for connection in self._connections:
             connection.close_if_late()
-        self._app.predictions.drop_late()
-        self._app.access.look_again()
+
+    def _read_again(self) -> None:
         if self._tls is not None:
             self._tls.look_again()
 

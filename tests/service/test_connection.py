@@ -319,6 +319,7 @@ def test_what_is_compared_is_compared(served: Served) -> None:
     with served.connect() as client:
         zipped = client.ask(IMAGE.but(("accept-encoding", "gzip"), ("x-request-id", "caller/1")).declared())
         plain = client.ask(IMAGE.declared())
+        assert zipped["x-content-type-options"] == plain["x-content-type-options"] == "nosniff"
         assert (zipped["content-encoding"], zipped["vary"], zipped["x-request-id"]) == (
             "gzip", "accept-encoding", "caller/1",
         )  # fmt: skip
@@ -1059,6 +1060,26 @@ def test_nobody_is_answered_twice(served: Served) -> None:
         assert client.ask(content[: content.index(b"\r\n\r\n") + 4]).status == 415
         served.pass_s(3600)
         assert client.rest() == b""
+
+
+def test_what_fails_while_it_is_looked_after_ends_nothing(
+    repository: Repository, loop: Loop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, and all else is looked after."""
+    looks = 0
+
+    def fails() -> None:
+        nonlocal looks
+        looks += 1
+        raise OSError("no such thing")
+
+    monkeypatch.setattr(http_server, "TICK_S", 0.01)
+    with serving(of_all(repository), loop=loop) as served, served.connect() as client:
+        monkeypatch.setattr(served.app.predictions, "drop_late", fails)
+        served.until(lambda: looks > 5)
+        assert client.ask(SMALL.declared()).status == 200
+        monkeypatch.undo()
+    assert len(errors(caplog)) == 1
 
 
 def test_the_server_looks_for_late_clients_by_itself(
