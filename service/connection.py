@@ -9,7 +9,8 @@ Rule 1: one request at a time. One that comes before the last is answered goes t
         answers leave in the order of the requests. What comes behind one that waits so is not even parsed.
 Rule 2: whoever does not read its answers is asgi.py's, which waits for it.
 Rule 3: a request that is here is answered, whatever follows it: bytes that are not HTTP, or the end of the process.
-        Once that is near, each answer says that the connection closes, so that the next request goes elsewhere.
+        Once that is near, each answer says that the connection closes, so that the next request goes elsewhere; and so
+        do those that were pipelined behind it (RFC 9112, section 9.3.2: the client sends them again).
 Rule 4: whoever closes its side has left, and is not computed for.
 Rule 5: whoever may not predict is asgi.py's, before anything of the body is read: this one has no words for it.
 Rule 6: nobody holds a connection for nothing. The server looks now and then (`close_if_late`); there is no timer for
@@ -21,7 +22,7 @@ Rule 6: nobody holds a connection for nothing. The server looks now and then (`c
     the client's       a request has begun and is not here yet         BEGIN_S and by its size, then 408
     ours               a request is here and not answered              it is answered, or its own deadline has come
     the client's       it was refused by its head, and still sends        LINGER_S and LINGER_BYTES, then it is cut
-    the client's       something is written that it does not read      UNREAD_S without any progress, then it is cut
+    the client's       something is written that it does not read      UNREAD_S and by what it reads, then it is cut
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from uvicorn.server import ServerState
 
 from service.asgi import GONE, Application, declared_bytes, headers_by_name
 from service.bodies import Held
-from service.errors import BadRequest, HeadersTooLarge, RequestError, RequestTooSlow, ServerFull
+from service.errors import BadRequest, HeadersTooLarge, NotReady, RequestError, RequestTooSlow, ServerFull
 from service.large_body import LARGE_BODY_BYTES, LargeBody, place_for
 from service.prediction import Headers, Route, Said, code_of, declared_json_bytes, refusal, request_id, route_of
 from service.protocol import Body
@@ -56,6 +57,11 @@ RATE_BYTES_S = 16 * 1024
 """A request has to be here after `BEGIN_S`, and a second more for each so many bytes of its body."""
 
 UNREAD_S = 30.0
+"""What is written may wait so long to be read, and a second more for each `RATE_BYTES_S` of it that were read; nobody has
+more than this in hand."""
+
+_RESUMED_BYTES = 48 * 1024
+"""What was read at least when writing goes on: from the high mark of a transport to the low one."""
 
 LINGER_S = 2.0
 LINGER_BYTES = 1024 * 1024
@@ -218,8 +224,9 @@ class Connection(HttpToolsProtocol):
         self._lingering_bytes: int | None = None
         """What may still come after the last answer; None before it."""
         self._unsent_bytes = 0
-        self._unsent_since_s = self.loop.time()
-        """When the client was last seen reading what is written."""
+        """When it was last looked."""
+        self._read_until_s = self.loop.time() + UNREAD_S
+        """Of what is written, more has to be read until then."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -572,16 +579,36 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing() and not self.transport.get_write_buffer_size():
             return
         now_s, unsent_bytes = self.loop.time(), self.transport.get_write_buffer_size()
-        if not unsent_bytes or unsent_bytes < self._unsent_bytes:
-            self._unsent_since_s = now_s
+        if not unsent_bytes:
+            self._read_until_s = now_s + UNREAD_S
+        self._has_read(max(0, self._unsent_bytes - unsent_bytes))
         self._unsent_bytes = unsent_bytes
         if unsent_bytes:
-            if now_s - self._unsent_since_s > UNREAD_S:
+            if now_s > self._read_until_s:
                 self.transport.abort()
         elif now_s > self._deadline_s:
             if self._reading and (self._owed or not self._head_read):  # else it was answered before it was here
                 self._refuse(RequestTooSlow())
             self.transport.close()
+
+    def _has_read(self, count_bytes: int) -> None:
+        until_s = self._read_until_s + count_bytes / RATE_BYTES_S
+        self._read_until_s = min(until_s, self.loop.time() + UNREAD_S)
+
+    def resume_writing(self) -> None:
+        self._has_read(_RESUMED_BYTES)
+        super().resume_writing()
+
+    def give_up(self) -> None:
+        """The process ends now: whoever is owed an answer is told that it does not come."""
+        if self._ended:
+            return
+        if self._last_owed():
+            first = self._owed[0]
+            if isinstance(first, Exchange) or not first.response_started:
+                first.disconnected = True  # what is computed for it all the same is not written
+                self._refuse(NotReady("the service is being stopped, and the model took too long; ask another one"))
+        self.transport.close()
 
     def shutdown(self) -> None:
         """Close after what is owed; a request that has begun, and a first one, may still arrive."""

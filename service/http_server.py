@@ -54,7 +54,7 @@ _MORE_WITH = 4
 """One more is taken at once for each so many that are open."""
 
 DRAIN_LIMIT_S = 30.0
-"""What is not answered so long after nobody is let in any more is given up, and what is computed is not waited for."""
+"""So long after nobody is let in any more, who waits is answered 503, and what is computed is not waited for."""
 
 THREADS_LIMIT_S = 1.0
 """Threads have so long to end, however long the answers took."""
@@ -207,6 +207,9 @@ class Server(uvicorn.Server):
         while self.server_state.connections and not self.force_exit and loop.time() < end_s:
             await asyncio.sleep(DRAIN_TICK_S)
             self._look_after()
+        for connection in self._connections:
+            connection.give_up()
+        await asyncio.sleep(DRAIN_TICK_S)
         for connection in self._connections:
             connection.transport.abort()
         await super().shutdown()

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import logging
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -787,6 +788,7 @@ def test_who_asks_while_it_ends_is_asked_to_go(repository: Repository, loop: Loo
             answer = client.ask(content)
             assert (answer.status, answer["connection"]) == (200, "close")
             assert client.rest() == b""
+        served.server.handle_exit(signal.SIGINT, None)  # it would take its time
 
 
 @pytest.mark.parametrize("half", HALVES.values(), ids=HALVES.keys())
@@ -824,6 +826,22 @@ def test_who_does_not_read_does_not_hold_up_the_end(
         client.send_apart(WIDE.declared())
         served.begin_shutdown()
         served.ended.result(LIMIT_S)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_who_waited_in_vain_is_told_at_the_end(
+    repository: Repository, loop: Loop, way: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model does not come back in the time for the end: that is an answer too, and the only one."""
+    monkeypatch.setattr(http_server, "DRAIN_LIMIT_S", 0.3)
+    runtime = Held()
+    with serving(with_runtime(repository, runtime), loop=loop) as served, served.connect() as client:
+        client.send(way(2))
+        runtime.wait_until_it_runs()
+        served.begin_shutdown()
+        assert is_refused(client.answer(), 503, "not_ready")
+        runtime.let_go.set()
+        assert client.rest() == b""
 
 
 # Late clients
@@ -983,6 +1001,24 @@ def test_who_does_not_read_holds_nothing_for_ever(narrow: Served, content: bytes
         for _ in range(2):
             narrow.pass_s(3600)
         assert narrow.connections == 0
+
+
+@pytest.mark.parametrize("content", [WIDE.declared(), WIDE.chunked(), SCRIPT], ids=["short", "asgi", "a file"])
+@pytest.mark.parametrize(("each_s", "stays"), [(0.2, True), (6.0, False)], ids=["at the rate", "slower"])
+def test_who_reads_slowly_is_let_go_of(narrow: Served, content: bytes, each_s: float, stays: bool) -> None:
+    """Answers are read at the rate at which requests are sent, or not at all."""
+    with narrow.connect(receive_buffer_bytes=4096) as client:
+        client.send_apart(content * 3)
+        narrow.until(lambda: narrow.unsent_bytes_now > 50_000)
+        for _ in range(60):
+            if not narrow.connections:
+                break
+            before = narrow.unsent_bytes
+            for _ in range(2):
+                client.socket.recv(4096)
+            narrow.pass_s(each_s)
+            assert narrow.unsent_bytes <= before + 4 * WIDTH
+        assert bool(narrow.connections) == stays
 
 
 def test_idle_is_idle_also_after_an_early_answer(served: Served) -> None:
