@@ -57,8 +57,8 @@ RATE_BYTES_S = 16 * 1024
 """A request has to be here after `BEGIN_S`, and a second more for each so many bytes of its body."""
 
 UNREAD_S = 30.0
-"""What is written may wait so long to be read, and a second more for each `RATE_BYTES_S` of it that were read; nobody has
-more than this in hand."""
+"""What is written may wait so long to be read, and a second more for each `RATE_BYTES_S` of it that were read, never
+longer than this at once."""
 
 _RESUMED_BYTES = 48 * 1024
 """What was read at least when writing goes on: from the high mark of a transport to the low one."""
