@@ -66,7 +66,7 @@ def _watchers(settings: Settings, counts: Counts) -> list[Watcher]:
     watchers: list[Watcher] = []
     if settings.access_log != "off":
         watchers.append(AccessLog(settings.access_log, counts))
-    if (traces := tracing()) is not None:
+    if (traces := tracing(tls=settings.tls_certificate is not None)) is not None:
         watchers.append(traces)
     return watchers
 

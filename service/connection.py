@@ -6,20 +6,23 @@ handed to the predictions as soon as it is read, and its answer leaves in one wr
 same answers by the way of asgi.py.
 
 Rule 1: one request at a time. One that comes before the last is answered goes to uvicorn, which keeps it until then, so
-        answers leave in the order of the requests.
+        answers leave in the order of the requests. What comes behind one that waits so is not even parsed.
 Rule 2: whoever does not read its answers is asgi.py's, which waits for it.
 Rule 3: a request that is here is answered, whatever follows it: bytes that are not HTTP, or the end of the process.
-        Once that is near, each answer says that the connection closes, so that the next request goes elsewhere.
+        Once that is near, each answer says that the connection closes, so that the next request goes elsewhere; and so
+        do those that were pipelined behind it (RFC 9112, section 9.3.2: the client sends them again).
 Rule 4: whoever closes its side has left, and is not computed for.
 Rule 5: whoever may not predict is asgi.py's, before anything of the body is read: this one has no words for it.
 Rule 6: nobody holds a connection for nothing. The server looks now and then (`close_if_late`); there is no timer for
         each request.
 
     whose turn         while                                           until
-    the client's       no request has begun                            KEEP_ALIVE_S, then it is closed
+    the client's       nothing has come yet                            BEGIN_S, then it is closed
+    the client's       no request has begun                            KEEP_ALIVE_S, or another needs the place
     the client's       a request has begun and is not here yet         BEGIN_S and by its size, then 408
     ours               a request is here and not answered              it is answered, or its own deadline has come
-    the client's       something is written that it does not read      UNREAD_S without any progress, then it is cut
+    the client's       it was refused by its head, and still sends        LINGER_S and LINGER_BYTES, then it is cut
+    the client's       something is written that it does not read      UNREAD_S and by what it reads, then it is cut
 """
 
 from __future__ import annotations
@@ -28,9 +31,8 @@ import asyncio
 import functools
 import math
 import re
-import sys
 from collections import deque
-from collections.abc import Sized
+from collections.abc import Callable
 from typing import Any, ClassVar, cast, final
 
 import httptools
@@ -41,7 +43,7 @@ from uvicorn.server import ServerState
 
 from service.asgi import GONE, METHODS, Application, declared_bytes, headers_by_name
 from service.bodies import Held
-from service.errors import BadRequest, HeadersTooLarge, RequestError, RequestTooSlow, ServerFull
+from service.errors import BadRequest, HeadersTooLarge, NotReady, RequestError, RequestTooSlow, ServerFull
 from service.large_body import LARGE_BODY_BYTES, LargeBody, place_for
 from service.prediction import Headers, Route, Said, code_of, declared_json_bytes, refusal, request_id, route_of
 from service.protocol import Body
@@ -55,6 +57,20 @@ RATE_BYTES_S = 16 * 1024
 """A request has to be here after `BEGIN_S`, and a second more for each so many bytes of its body."""
 
 UNREAD_S = 30.0
+"""What is written may wait so long to be read, and a second more for each `RATE_BYTES_S` of it that were read, never
+longer than this at once."""
+
+_RESUMED_BYTES = 48 * 1024
+"""What was read at least when writing goes on: from the high mark of a transport to the low one."""
+
+LINGER_S = 2.0
+LINGER_BYTES = 1024 * 1024
+"""Who was answered before its body was here may send so much and so long more, so that it comes to read the answer: a
+socket that is closed with something unread in it takes the answer back."""
+
+SKIPPED_BYTES = 64 * 1024
+"""A body that is declared and not larger is read to its end, whatever its request was answered, and the connection
+serves on."""
 
 LAST_REQUEST_S = 2.0
 """How long a request that has begun, or a first one, is waited for when the process ends."""
@@ -81,7 +97,11 @@ _METHOD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ")
 
 _LONGEST_URL = 512
 
-_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+PART_BYTES = 2 * 1024
+"""What comes is parsed in parts of this size, and no further while a request waits for its turn: the smallest requests
+have 18 bytes, and a single read may bring ten thousand of them. Most requests are here in one part."""
+
+_NOTHING = memoryview(b"")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -152,13 +172,26 @@ class Exchange:
 class Flow(FlowControl):
     """Reads nothing while a request waits for its turn; uvicorn would read on with each answer, and hold all of it."""
 
-    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
+    def __init__(self, transport: asyncio.Transport, waits: Callable[[], bool]) -> None:
         super().__init__(transport)
-        self._pipeline = pipeline
+        self._waits = waits
 
     def resume_reading(self) -> None:
-        if not self._pipeline:
+        if not self._waits():
             super().resume_reading()
+
+
+@final
+class Early:
+    """The transport of a request whose body is not here: if it is answered before, the connection ends gently."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing
+
+    def close(self) -> None:
+        self._connection.linger()
 
 
 @final
@@ -178,42 +211,115 @@ class Connection(HttpToolsProtocol):
         self._reading = False
         """A request has begun and is not here yet."""
         self._head_read = False
+        self._closes = False
+        """The request that came last and is not ours is the last, whatever becomes of its body."""
         self._first = True
         """Nothing was computed yet for what came in this turn."""
-        self._deadline_s = self.loop.time() + KEEP_ALIVE_S
+        self._deadline_s = self.loop.time() + BEGIN_S
         """On the clock of the event loop; infinite while it is our turn."""
         self._unhanded_bytes = 0
         """What came since the last part of a body: of a head, or of what may follow a body in chunks."""
         self._held = Held(app.bodies)
         """Of bodies, what is here and waits: for the rest, or for its turn."""
+        self._unparsed = _NOTHING
+        """What is here and is parsed when those before it are answered."""
+        self._parsing = False
+        self._lingering_bytes: int | None = None
+        """What may still come after the last answer; None before it."""
         self._unsent_bytes = 0
-        self._unsent_since_s = self.loop.time()
-        """When the client was last seen reading what is written."""
-        self._parsed = b""
-        """What is being parsed, as it came."""
+        """When it was last looked."""
+        self._read_until_s = self.loop.time() + UNREAD_S
+        """Of what is written, more has to be read until then."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.flow = Flow(transport, self.pipeline)
+        self.flow = Flow(transport, lambda: bool(self.pipeline or self._unparsed))
 
     # what is read
 
     def data_received(self, data: bytes) -> None:
+        if self._lingering_bytes is not None:
+            self._pass_over(len(data))
+            return
         self._first = True
-        if b"pgrade:" in data and not self._reading:
-            data = _without_upgrade(data)
+        if len(data) <= PART_BYTES and not self._unparsed:
+            self._parse(data)
+        else:
+            self._parse_parts(data)
+        if self._exchange is not None:
+            self._read_on(self._exchange)
+
+    def _read_on(self, exchange: Exchange) -> None:
+        """More of its body is to come."""
+        self._hold(exchange)
+        if exchange.place is not None and exchange.left_bytes and not self._ended:
+            self._hand_over(LargeBody(self, exchange.room(), self._took))
+
+    def _parse_parts(self, data: bytes) -> None:
+        """This, after what waits to be parsed, as far as it is due; the rest is kept."""
+        waited = self._unparsed
+        self._held.hold(self._held.count_bytes - len(waited))
+        self._unparsed = memoryview(b"".join([waited, data]) if waited else data)
+        self._parsing = True
+        while self._unparsed and not self.pipeline and not self._ended:
+            exchange = self._exchange
+            size = PART_BYTES if exchange is None else max(PART_BYTES, exchange.left_bytes)
+            part, self._unparsed = self._unparsed[:size], self._unparsed[size:]
+            self._parse(part)
+        self._parsing = False
+        if self._unparsed:
+            self.flow.pause_reading()
+            try:
+                self._held.hold(self._held.count_bytes + len(self._unparsed))
+            except ServerFull as error:
+                self._give_up(error)
+
+    def _go_on(self) -> None:
+        """With what waited to be parsed until those before it were answered, and then with what comes."""
+        if not self._ended:
+            self._first = True
+            self._parse_parts(b"")
+            self.flow.resume_reading()
+            if self._exchange is not None:
+                self._read_on(self._exchange)
+
+    def _parse(self, data: bytes | memoryview) -> None:
         self._unhanded_bytes += len(data)
-        self._parsed = data
-        super().data_received(data)
-        self._parsed = b""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            head, rest = self._head_without_upgrade(), memoryview(data)[upgrade.args[0] :]
+            self.parser = _parser(self)
+            self._parse(head)
+            self._parse(rest)
+            return
+        except httptools.HttpParserError as error:
+            self._unreadable(error, data)
+            return
         if self._unhanded_bytes > MOST_HEAD_BYTES:
             self._unhanded_bytes = 0
             self._give_up(_too_large())
-        exchange = self._exchange
-        if exchange is not None:  # more of its body is to come
-            self._hold(exchange)
-            if exchange.place is not None and exchange.left_bytes:
-                self._hand_over(LargeBody(self, exchange.room(), self._took))
+
+    def linger(self) -> None:
+        """Nothing more is answered; what the client sends all the same is passed over for a while."""
+        if self._lingering_bytes is not None or self.transport.is_closing():
+            return
+        self._lingering_bytes = LINGER_BYTES
+        self._deadline_s = self.loop.time() + LINGER_S
+        self._reading = False
+        self._exchange = None
+        self._unparsed = _NOTHING
+        self._held.hold(0)
+        if self.transport.can_write_eof():  # not over TLS
+            self.transport.write_eof()
+        self.flow.read_paused = False
+        self._hand_over(self)
+
+    def _pass_over(self, count_bytes: int) -> None:
+        assert self._lingering_bytes is not None
+        self._lingering_bytes -= count_bytes
+        if self._lingering_bytes < 0:
+            self.transport.pause_reading()
 
     def _hold(self, exchange: Exchange) -> None:
         """Count what is here of a body that is not here whole."""
@@ -231,8 +337,7 @@ class Connection(HttpToolsProtocol):
         if exchange.left_bytes:
             self._hold(exchange)
         else:
-            self.parser = httptools.HttpRequestParser(self)  # the one before waits for a body that it will not see
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+            self.parser = _parser(self)  # the one before waits for a body that it will not see
             self._hand_over(self)
             self._first = True
             self.on_message_complete()
@@ -256,6 +361,10 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._check_head()
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise BadRequest("CONNECT is for proxies, and this is none; send the request itself")
+            return  # the parser stops here, and `_parse` goes on
         self._head_read = True
         self._exchange = self._short_way()
         if self._exchange is not None:
@@ -267,25 +376,38 @@ class Connection(HttpToolsProtocol):
             self.scope["headers"] = headers
             self.scope["extensions"] = {GONE: {GONE: self.transport.is_closing}}
             super().on_headers_complete()
-            if self._application.readiness.ending:
-                self.cycle.keep_alive = False
+            self._closes = self._application.readiness.ending or not self.cycle.keep_alive
+            size = declared_bytes(headers_by_name(headers))
+            if size is None or size > SKIPPED_BYTES or expects:
+                self.cycle.keep_alive = False  # until its body is here
+                self.cycle.transport = cast(asyncio.Transport, Early(self))
+            else:
+                self.cycle.keep_alive = not self._closes
         self._owed.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._unhanded_bytes = 0
-        self._deadline_s += len(body) / RATE_BYTES_S
         if self._exchange is not None:
+            self._deadline_s += len(body) / RATE_BYTES_S
             self._exchange.take(body)
             return
+        if not self.cycle.response_complete:
+            self._deadline_s += len(body) / RATE_BYTES_S
         if self.pipeline:
             self._held.hold(self._held.count_bytes + len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if not self._head_read:
+            return
         self._reading = False
         self._unhanded_bytes = 0
         exchange, self._exchange = self._exchange, None
         if exchange is None:
+            cycle = self.cycle
+            cycle.transport = self.transport
+            if not cycle.response_started:
+                cycle.keep_alive = not self._closes
             super().on_message_complete()
             self._wait()
             return
@@ -308,10 +430,20 @@ class Connection(HttpToolsProtocol):
             client=self.client,
         )
 
+    def _head_without_upgrade(self) -> bytes:
+        """Of a request that asks for another protocol, which may be ignored (RFC 9110, section 7.8).
+
+        The parser takes what follows such a head for the other protocol, so it is given this one. Java's HTTP client
+        asks for HTTP/2 that way with every first request.
+        """
+        first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        lines = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([first, *lines, b"", b""])
+
     def _check_head(self) -> None:
         """
         Raises:
-            HeadersTooLarge: the parser goes no further, and asks for `send_400_response`.
+            HeadersTooLarge: the parser goes no further, and asks for `_unreadable`.
         """
         size = self._unhanded_bytes  # with what follows the head, so it is counted anew only where it may be too large
         if size > MOST_HEAD_BYTES:
@@ -349,6 +481,8 @@ class Connection(HttpToolsProtocol):
         exchange.response_complete = True
         if not self.transport.is_closing():
             self._write(status, said, content, keep_alive=exchange.keep_alive)
+            if not exchange.keep_alive:
+                self.transport.close()
         self.on_response_complete()
 
     def _write(self, status: int, said: Said, content: bytes, *, keep_alive: bool) -> None:
@@ -363,13 +497,11 @@ class Connection(HttpToolsProtocol):
             self.transport.write(b"".join(lines))
         else:
             self.transport.writelines([b"".join(lines), content])
-        if not keep_alive:
-            self.transport.close()
 
     def on_response_complete(self) -> None:
         """Go on with what came meanwhile, else wait for what comes next. Called for answers of either way."""
         self._owed.popleft()
-        if self.transport.is_closing():
+        if self._ended:
             return
         if self.pipeline:
             cycle, app = self.pipeline.pop()
@@ -377,29 +509,34 @@ class Connection(HttpToolsProtocol):
             self._start_asgi_task(cycle, app)
         if self.flow.read_paused:
             self.flow.resume_reading()
+        if self._unparsed and not self._parsing:
+            self.loop.call_soon(self._go_on)
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._held.hold(0)
+        self._unparsed = _NOTHING
         for cycle in self._owed:  # uvicorn tells the last that came, and that may not be the one that is computed
             cycle.disconnected = True
             cycle.message_event.set()
 
-    def send_400_response(self, msg: str) -> None:
+    def _unreadable(self, error: httptools.HttpParserError, data: bytes | memoryview) -> None:
         """What cannot be read ends the connection."""
-        error = sys.exception()
         if isinstance(error, httptools.HttpParserInvalidMethodError):
-            self._give_up(_unknown_method(self._parsed))
-        elif not isinstance(error, httptools.HttpParserCallbackError) or isinstance(error.__context__, _NO_PATH):
-            self._give_up(BadRequest(f"the request is not valid HTTP/1.1: {msg.rstrip('.')}"))
+            self._give_up(_unknown_method(bytes(data)))
+        elif not isinstance(error, httptools.HttpParserCallbackError):
+            self._give_up(BadRequest(f"the request is not valid HTTP/1.1: {error}"))
+        elif isinstance(error.__context__, _NO_PATH):
+            self._give_up(BadRequest("the request is not valid HTTP/1.1: its target is not a path"))
         else:
             self._give_up(error.__context__ if isinstance(error.__context__, RequestError) else error)
 
     def _give_up(self, error: BaseException) -> None:
         """Nothing more is read; the answers that are owed are given first, and one request has one answer."""
-        if self.transport.is_closing():
+        if self._ended:
             return
+        self._unparsed = _NOTHING
         if last := self._last_owed():
             last.keep_alive = False
             self.flow.pause_reading()
@@ -407,6 +544,10 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         else:
             self._refuse(error)
+            if self._reading and self._head_read:
+                self.linger()
+            else:
+                self.transport.close()
 
     def _refuse(self, error: BaseException) -> None:
         given = request_id({})
@@ -418,6 +559,11 @@ class Connection(HttpToolsProtocol):
         """The last of the requests that are here and not answered."""
         return next((cycle for cycle in reversed(self._owed) if not cycle.more_body), None)
 
+    @property
+    def _ended(self) -> bool:
+        """Nothing more is read or answered."""
+        return self._lingering_bytes is not None or self.transport.is_closing()
+
     # whose turn it is
 
     def _wait(self) -> None:
@@ -427,30 +573,66 @@ class Connection(HttpToolsProtocol):
         else:
             self._deadline_s = self.loop.time() + (BEGIN_S if self._reading else KEEP_ALIVE_S)
 
+    @property
+    def idle_until_s(self) -> float:
+        """When it is let go of if nothing comes; infinite if something has begun."""
+        idle = not (self._reading or self._owed or self._ended or self.transport.get_write_buffer_size())
+        return self._deadline_s if idle else math.inf
+
     def close_if_late(self) -> None:
         """Let go of a client that has not kept its deadline."""
         if self.transport.is_closing() and not self.transport.get_write_buffer_size():
             return
         now_s, unsent_bytes = self.loop.time(), self.transport.get_write_buffer_size()
-        if not unsent_bytes or unsent_bytes < self._unsent_bytes:
-            self._unsent_since_s = now_s
+        if not unsent_bytes:
+            self._read_until_s = now_s + UNREAD_S
+        self._has_read(max(0, self._unsent_bytes - unsent_bytes))
         self._unsent_bytes = unsent_bytes
         if unsent_bytes:
-            if now_s - self._unsent_since_s > UNREAD_S:
+            if now_s > self._read_until_s:
                 self.transport.abort()
         elif now_s > self._deadline_s:
             if self._reading and (self._owed or not self._head_read):  # else it was answered before it was here
                 self._refuse(RequestTooSlow())
             self.transport.close()
 
+    def _has_read(self, count_bytes: int) -> None:
+        until_s = self._read_until_s + count_bytes / RATE_BYTES_S
+        self._read_until_s = min(until_s, self.loop.time() + UNREAD_S)
+
+    def resume_writing(self) -> None:
+        self._has_read(_RESUMED_BYTES)
+        super().resume_writing()
+
+    def give_up(self) -> None:
+        """The process ends now: whoever is owed an answer is told that it does not come."""
+        if self._ended:
+            return
+        if self._last_owed():
+            first = self._owed[0]
+            if isinstance(first, Exchange) or not first.response_started:
+                first.disconnected = True  # what is computed for it all the same is not written
+                self._refuse(NotReady("the service is being stopped, and the model took too long; ask another one"))
+        self.transport.close()
+
     def shutdown(self) -> None:
         """Close after what is owed; a request that has begun, and a first one, may still arrive."""
+        if self._ended:
+            return
         if self._owed:
             self._owed[-1].keep_alive = False
+            self._closes = True
         elif self._reading or self.cycle is None:
             self._deadline_s = min(self._deadline_s, self.loop.time() + LAST_REQUEST_S)
         else:
             self.transport.close()
+
+
+def _parser(connection: Connection) -> httptools.HttpRequestParser:
+    """As uvicorn makes its own: what follows a last request is passed over."""
+    parser = httptools.HttpRequestParser(connection)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
 
 
 def _too_large() -> HeadersTooLarge:
@@ -467,12 +649,3 @@ def _unknown_method(data: bytes) -> BadRequest:
     return BadRequest(
         f"the request is not valid HTTP/1.1: {said} is not known; GET, HEAD, POST, PUT and DELETE are, in capitals"
     )
-
-
-def _without_upgrade(data: bytes) -> bytes:
-    """The beginning of a request that asks for another protocol, which may be ignored (RFC 9110, section 7.8).
-
-    The parser would stop at it and lose the body. Java's HTTP client asks for HTTP/2 that way with every first request.
-    """
-    head, end, rest = data.partition(b"\r\n\r\n")
-    return _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest

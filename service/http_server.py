@@ -7,16 +7,21 @@ Rule 2: in a turn of the loop, as many connections are taken as there are. If it
         the more, the more it has already, so that a thousand take some twenty turns and not some hundreds.
 Rule 3: nothing that was accepted is lost when the process ends. After SIGTERM it is not ready, but answers all that
         comes for a while, until those who send it have noticed; each answer closes its connection. Then nobody is let
-        in any more, what is there is answered, and the process ends. Ctrl-C goes without the while.
+        in any more, what is there is answered, and the process ends. Ctrl-C goes without the while, also during it; a
+        second SIGTERM changes nothing, since systemd sends one to each process and the supervisor another to each
+        worker.
         It ends also if the engine never comes back: a thread cannot be stopped, but it can be left behind.
-Rule 4: over TLS, who does not complete the handshake in time, or speaks something else, is let go of, and nobody waits.
+Rule 4: silence keeps nobody out: where all places are taken, who is idle goes, and first who would go first anyhow.
+Rule 5: over TLS, who does not complete the handshake in time, or speaks something else, is let go of, and nobody waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import heapq
 import logging
+import math
 import os
 import signal
 import socket
@@ -49,7 +54,7 @@ _MORE_WITH = 4
 """One more is taken at once for each so many that are open."""
 
 DRAIN_LIMIT_S = 30.0
-"""What is not answered so long after nobody is let in any more is given up, and what is computed is not waited for."""
+"""So long after nobody is let in any more, who waits is answered 503, and what is computed is not waited for."""
 
 THREADS_LIMIT_S = 1.0
 """Threads have so long to end, however long the answers took."""
@@ -63,6 +68,9 @@ CONNECTING_LIMIT_S = 1.0
 DRAIN_TICK_S = 0.05
 
 FULL_PAUSE_S = 0.1
+_ROOM_OF = 64
+"""When all places are taken, one in so many is made free of those that are idle."""
+
 EXHAUSTED_PAUSE_S = 1.0
 """Without a free file descriptor a connection is left waiting for so long, as asyncio's own servers do."""
 
@@ -103,7 +111,7 @@ class Server(uvicorn.Server):
         """
         Args:
             shutdown_delay_s: after SIGTERM, how long it is not ready and answers all the same.
-            max_connections: while so many are open, others wait to be taken.
+            max_connections: while so many are open, others wait to be taken, until those that are idle make room.
             takes_at_once: so many connections are taken in a turn of the loop, or a quarter of those that are open.
             tls: None for plain HTTP.
         """
@@ -113,7 +121,11 @@ class Server(uvicorn.Server):
         self._shutdown_delay_s = shutdown_delay_s
         self._max_connections = max_connections
         self._takes_at_once = takes_at_once
-        self._signals = asyncio.Queue[int]()
+        self._failed: list[Callable[[], None]] = []
+        """Of what is looked after: what has failed already."""
+        self._signalled = asyncio.Event()
+        self._terminated = self._interrupted = False
+        """By a signal; known from the moment that it came, and not when the loop has time for it."""
         self._tls = tls
         self._connecting: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -138,38 +150,48 @@ class Server(uvicorn.Server):
         self._when_listening()
 
     async def main_loop(self) -> None:
-        signum: int | None = None
         while not self.should_exit:
-            signum = await self._signal_within(TICK_S)
+            await self._signal_within(TICK_S)
         self._app.readiness.ending = True
         loop = asyncio.get_running_loop()
-        end_s = loop.time() + (self._shutdown_delay_s if signum == signal.SIGTERM else 0.0)
-        signum = None
-        while signum is None and (left_s := end_s - loop.time()) > 0:
-            signum = await self._signal_within(min(left_s, TICK_S))
+        end_s = loop.time() + (self._shutdown_delay_s if self._terminated else 0.0)
+        while not self._interrupted and (left_s := end_s - loop.time()) > 0:
+            await self._signal_within(min(left_s, TICK_S))
 
-    async def _signal_within(self, limit_s: float) -> int | None:
-        """The next signal; or None, after looking after everything."""
+    async def _signal_within(self, limit_s: float) -> None:
+        """Wait for a signal, or look after everything."""
         try:
-            return await asyncio.wait_for(self._signals.get(), limit_s)
+            await asyncio.wait_for(self._signalled.wait(), limit_s)
         except TimeoutError:
             await self.on_tick(0)
             self._look_after()
-            return None
+        else:
+            self._signalled.clear()
 
     def _look_after(self) -> None:
-        """Clients that are late, and files that have changed."""
+        """Clients that are late, and files that have changed; what fails ends neither the rest nor the process."""
+        for look in (self._let_late_go, self._app.predictions.drop_late, self._app.access.look_again, self._read_again):
+            try:
+                look()
+            except Exception:
+                if look not in self._failed:
+                    self._failed.append(look)
+                    _log.exception("what is looked after once a second failed; it is tried again, and not said again")
+
+    def _let_late_go(self) -> None:
         for connection in self._connections:
             connection.close_if_late()
-        self._app.predictions.drop_late()
-        self._app.access.look_again()
+
+    def _read_again(self) -> None:
         if self._tls is not None:
             self._tls.look_again()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
+        self._terminated |= sig == signal.SIGTERM
+        self._interrupted |= sig == signal.SIGINT
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._signals.put_nowait, sig)
+            self._loop.call_soon_threadsafe(self._signalled.set)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -185,6 +207,9 @@ class Server(uvicorn.Server):
         while self.server_state.connections and not self.force_exit and loop.time() < end_s:
             await asyncio.sleep(DRAIN_TICK_S)
             self._look_after()
+        for connection in self._connections:
+            connection.give_up()
+        await asyncio.sleep(DRAIN_TICK_S)
         for connection in self._connections:
             connection.transport.abort()
         await super().shutdown()
@@ -212,8 +237,10 @@ class Server(uvicorn.Server):
         Args:
             most: so many connections; 0: as many as are taken in a turn.
         """
-        for _ in range(most or max(self._takes_at_once, len(self.server_state.connections) // _MORE_WITH)):
+        for turn in range(most or max(self._takes_at_once, len(self.server_state.connections) // _MORE_WITH)):
             if len(self.server_state.connections) + len(self._connecting) >= self._max_connections:
+                if turn == 0:  # somebody waits
+                    self._make_room()
                 self._pause(FULL_PAUSE_S)
                 return
             try:
@@ -228,6 +255,14 @@ class Server(uvicorn.Server):
             task = asyncio.ensure_future(self._connect(taken))
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
+
+    def _make_room(self) -> None:
+        """Of the connections that are idle, those go that would go first anyhow: a few at once, for they are looked for
+        among all."""
+        idle = [one for one in self._connections if one.idle_until_s < math.inf]
+        few = max(1, len(self.server_state.connections) // _ROOM_OF)
+        for connection in heapq.nsmallest(few, idle, key=lambda one: one.idle_until_s):
+            connection.transport.close()
 
     async def _connect(self, taken: socket.socket) -> None:
         loop = asyncio.get_running_loop()

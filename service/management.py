@@ -80,9 +80,11 @@ async def _asked(request: Request, kind: type[AskedT], limit_bytes: int) -> Aske
         headers_by_name(request.scope["headers"]), binary=True
     )  # so aiohttp calls bytes, and no form does
     chunks: list[bytes] = []
+    size = 0
     async for chunk in request.stream():
         chunks.append(chunk)
-        if sum(map(len, chunks)) > limit_bytes:
+        size += len(chunk)
+        if size > limit_bytes:
             raise BodyTooLarge(limit_bytes=limit_bytes)
     body = b"".join(chunks)
     value = parsed(body) if body else {}

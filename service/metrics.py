@@ -9,7 +9,7 @@ Rule 3: nothing here waits for a model.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from itertools import accumulate
 from typing import final
@@ -41,9 +41,17 @@ def add(app: FastAPI, repository: Repository, crew: Crew) -> None:
         responses=openapi.responses(NotReady),
     )
     async def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        encode, content_type = _encoder(request.headers.get("accept", ""))
         page = encode(_Page(repository, await crew.reading()))
         return Response(page, headers={"content-type": content_type})
+
+
+def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
+    """The plain format for whoever asks for a version that is none."""
+    try:
+        return choose_encoder(accept)
+    except (TypeError, ValueError):
+        return choose_encoder("")
 
 
 @final

@@ -179,7 +179,7 @@ class _Prediction:
                 raise computed.error
             content, json_bytes = self.request.render(computed.outputs)
             timing = b"queue;dur=%.3f, compute;dur=%.3f" % (computed.queue_ns / 1e6, computed.compute_ns / 1e6)
-            said = [_JSON_TYPE if json_bytes is None else _OCTET_STREAM_TYPE, (SERVER_TIMING, timing)]
+            said = [_JSON_TYPE if json_bytes is None else _OCTET_STREAM_TYPE, NOSNIFF, (SERVER_TIMING, timing)]
             if json_bytes is not None:
                 said.append((JSON_LENGTH, b"%d" % json_bytes))
             if len(content) >= WORTH_BYTES and (encoding := accepted(self.headers.get(b"accept-encoding", b""))):

@@ -64,7 +64,7 @@ class Settings(BaseSettings):
         default=2.0, ge=0, description="After SIGTERM, how long it is not ready and answers all the same."
     )
     max_connections: int = Field(
-        default=10_000, ge=1, description="The most open connections of a worker; others wait to be taken."
+        default=10_000, ge=1, description="The most open connections of a worker; idle ones give way to new ones."
     )
     admission_limit_s: float = Field(default=60.0, gt=0, description="How long the admission of one version may take.")
     body_limit_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body that is read.")

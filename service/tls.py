@@ -86,14 +86,15 @@ def _context(certificate: Path, key: Path) -> ssl.SSLContext:
     context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(certificate, key, password=no_passphrase)
-    except (ssl.SSLError, ValueError) as error:
+    except (OSError, ValueError) as error:  # what openssl says is an OSError; so is that a file has just gone
         if encrypted:
             raise WrongCall(f"--tls-key '{key}' is encrypted; give one without a passphrase") from error
         if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
             raise WrongCall(f"--tls-key '{key}' is not the key of the certificate in '{certificate}'") from error
+        if not isinstance(error, ssl.SSLError | ValueError):
+            why = getattr(error, "strerror", error)
+            raise WrongCall(f"--tls-certificate '{certificate}' or --tls-key '{key}' cannot be read: {why}") from error
         raise WrongCall(
             f"--tls-certificate '{certificate}' and --tls-key '{key}' are not a certificate and its key in PEM"
         ) from error
-    except OSError as error:
-        raise WrongCall(f"--tls-certificate and --tls-key cannot be read: {error.strerror}") from error
     return context

@@ -29,8 +29,11 @@ ASKED_FOR = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 CLOSE_LIMIT_S = 2.0
 
 
-def tracing(environment: Mapping[str, str] = os.environ) -> Tracing | None:
+def tracing(environment: Mapping[str, str] = os.environ, *, tls: bool = False) -> Tracing | None:
     """As the environment asks; None if it does not.
+
+    Args:
+        tls: it is spoken here.
 
     Raises:
         WrongCall: it does, and the packages are not installed.
@@ -52,19 +55,20 @@ def tracing(environment: Mapping[str, str] = os.environ) -> Tracing | None:
     resource = Resource.create({**named, "service.version": version("evalmode")})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return Tracing(provider)
+    return Tracing(provider, tls=tls)
 
 
 @final
 class Tracing:
     """Makes spans of requests."""
 
-    def __init__(self, provider: TracerProvider) -> None:
+    def __init__(self, provider: TracerProvider, *, tls: bool = False) -> None:
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._trace = trace
         self._provider = provider
+        self._scheme = "https" if tls else "http"
         self._tracer = provider.get_tracer("evalmode", version("evalmode"))
         self._propagator = TraceContextTextMapPropagator()
 
@@ -84,7 +88,7 @@ class Tracing:
             "http.request.method": ended.method,
             "http.route": ended.route,
             "http.response.status_code": ended.status,
-            "url.scheme": "http",
+            "url.scheme": self._scheme,
             "evalmode.request.id": ended.request_id,
         }
         if ended.model:

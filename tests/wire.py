@@ -260,6 +260,11 @@ class Served:
         with self._reading:
             assert self._reading.wait_for(lambda: self._read[name] >= count_bytes, LIMIT_S), "the server does not read"
 
+    def note_of(self, name: tuple[str, int]) -> int:
+        """How many bytes of a client were read."""
+        with self._reading:
+            return self._read[name]
+
     def note_read(self, connection: Connection, count_bytes: int) -> None:
         if connection.server_state is self.server.server_state:
             with self._reading:

@@ -79,11 +79,12 @@ class Supervisor:
         stop = asyncio.Event()
 
         def end(signum: signal.Signals) -> None:
-            if stop.is_set():  # the second time: what is being answered is given up, or the delay
+            if not stop.is_set():
+                self._stop_signal = signum
+                stop.set()
+            elif signum == signal.SIGINT:  # the second time: what is being answered is given up
                 for worker in self._workers:
-                    worker.send(signal.SIGKILL if signum == signal.SIGINT else signum)
-            self._stop_signal = signum
-            stop.set()
+                    worker.send(signal.SIGKILL)
 
         for signum in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(signum, end, signum)

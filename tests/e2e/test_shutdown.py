@@ -67,9 +67,38 @@ def test_it_is_not_ready_first(serve: Serve, tmp_path: Path) -> None:
         answer = client.post("/predict", json=SAMPLE)
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
     start = time.monotonic()
-    serving.process.send_signal(signal.SIGTERM)  # who says it twice does not want to wait
+    serving.process.send_signal(signal.SIGINT)  # who says so does not want to wait
     assert serving.process.wait(timeout=20) == 0
     assert time.monotonic() - start < 1.5
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_to_say_it_twice_changes_nothing(serve: Serve, tmp_path: Path, workers: str) -> None:
+    """systemd sends SIGTERM to each process of the service, and the supervisor sends another to each worker."""
+    write_table_bundle(tmp_path)
+    serving = serve(tmp_path, "--workers", workers, "--shutdown-delay-s", "5")
+    pid = serving.process.pid
+    below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    start = time.monotonic()
+    for each in (pid, *map(int, below), pid):
+        os.kill(each, signal.SIGTERM)
+    time.sleep(0.5)
+    assert httpx.post(f"{serving.address}/predict", json=SAMPLE).status_code == 200
+    assert serving.process.wait(timeout=20) == 0
+    assert time.monotonic() - start >= 4.9
+
+
+def test_a_process_that_is_late_waits_all_the_same(serve: Serve, tmp_path: Path) -> None:
+    """It was stopped for longer than a turn, and the signal came meanwhile."""
+    write_table_bundle(tmp_path)
+    serving = serve(tmp_path, "--shutdown-delay-s", "2")
+    serving.process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    serving.process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    serving.process.send_signal(signal.SIGCONT)
+    assert serving.process.wait(timeout=20) == 0
+    assert time.monotonic() - start >= 1.9
 
 
 def test_ctrl_c_does_not_wait(serve: Serve, tmp_path: Path) -> None:

@@ -144,6 +144,16 @@ def test_both_formats_are_well_formed(repository: Repository) -> None:
     talk(repository, scenario)
 
 
+@pytest.mark.parametrize("version", ["abc", "", "99", "1.0.0, text/plain; version=x"])
+def test_whoever_asks_for_a_version_that_is_none_is_answered(repository: Repository, version: str) -> None:
+    async def scenario(client: httpx.AsyncClient) -> None:
+        page = await client.get("/metrics", headers={"accept": f"application/openmetrics-text; version={version}"})
+        assert page.status_code == 200
+        assert "evalmode_ready" in page.text
+
+    talk(repository, scenario)
+
+
 @pytest.mark.parametrize(
     ("max_queue_s", "limit_rows"), [("3600", 4096), ("0", 4096), ("0.000000001", 32)], ids=["rows", "no time", "time"]
 )

@@ -243,6 +243,26 @@ def _too_many_open_files(*_: object, **__: object) -> bytes:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
+def test_a_file_that_goes_while_it_is_read_leaves_what_was_there(
+    certificate: Certificate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    files = [Path(shutil.copy(path, tmp_path)) for path in (certificate.certificate, certificate.key)]
+    tls = Tls(*files)
+    before = tls.context
+    read_bytes = Path.read_bytes
+
+    def read_and_gone(path: Path) -> bytes:
+        content = read_bytes(path)
+        path.unlink()
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_gone)
+    monkeypatch.setattr(tls._watched, "changed", lambda: True, raising=False)
+    tls.look_again()
+    assert tls.context is before
+    assert "stays in use" in caplog.text
+
+
 def test_what_cannot_be_used_is_a_wrong_call(tmp_path: Path, certificate: Certificate) -> None:
     other = write_certificate(tmp_path, "other")
     locked = write_certificate(tmp_path, "locked", passphrase=b"secret")

@@ -41,13 +41,13 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     return loaded(models)
 
 
-def traced(repository: Repository, body: bytes | None = None) -> dict[str, ReadableSpan]:
+def traced(repository: Repository, body: bytes | None = None, *, tls: bool = False) -> dict[str, ReadableSpan]:
     """The spans of one prediction, by name."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     application = create_app(repository, Settings())
-    application.predictions.watch = Watch(repository.counts, Tracing(provider))
+    application.predictions.watch = Watch(repository.counts, Tracing(provider, tls=tls))
 
     async def scenario(client: httpx.AsyncClient) -> None:
         async with httpx.AsyncClient(
@@ -84,6 +84,11 @@ def test_a_prediction_is_a_span_in_its_callers_trace(repository: Repository) -> 
     times = [whole.start_time, queue.start_time, queue.end_time, compute.end_time, whole.end_time]
     assert times == sorted(times, key=lambda time: time or 0)
     assert queue.end_time == compute.start_time
+
+
+@pytest.mark.parametrize(("tls", "scheme"), [(False, "http"), (True, "https")])
+def test_a_span_says_how_it_was_called(repository: Repository, tls: bool, scheme: str) -> None:
+    assert (traced(repository, tls=tls)["POST /predict"].attributes or {})["url.scheme"] == scheme
 
 
 def test_a_refusal_is_a_span_that_computed_nothing(repository: Repository) -> None:

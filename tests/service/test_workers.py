@@ -648,8 +648,12 @@ def test_the_first_may_not_be_able() -> None:
     run(scenario)
 
 
+HALF = b"GET /v2/health/live HTTP/1.1\r\n"
+ALIVE = HALF + b"host: x\r\n\r\n"
+
+
 def test_no_more_connections_than_allowed_are_taken() -> None:
-    """The third waits until one of the two before it has gone."""
+    """The third waits until one of the two before it has gone, for these are busy."""
 
     async def scenario() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -658,10 +662,12 @@ def test_no_more_connections_than_allowed_are_taken() -> None:
             serving = asyncio.create_task(server.serve(sockets=[listening.dup()]))
             await listens.wait()
             clients = [socket.create_connection(listening.getsockname()) for _ in range(3)]
-            await asyncio.sleep(0.1)
+            for client in clients[:2]:
+                client.sendall(HALF)
+            await asyncio.sleep(0.3)
             assert taken(server) == 2
             clients[0].close()
-            clients[2].sendall(b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+            clients[2].sendall(ALIVE)
             answer = await asyncio.to_thread(clients[2].recv, 1000)
             assert answer.startswith(b"HTTP/1.1 200")
             for client in clients:
@@ -708,5 +714,33 @@ def test_a_worker_that_hangs_is_ended_also_while_it_starts(
             worker = Stopped(gone=gone)
             assert why in await asyncio.wait_for(watching._watched(worker), 5)
             assert worker.signals == [signal.SIGKILL]
+
+    in_a_thread(scenario)
+
+
+def test_silence_keeps_nobody_out() -> None:
+    """All places are taken by those who say nothing: the first of them goes, and who is busy stays."""
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            listens = asyncio.Event()
+            server = Server(empty(), listens.set, max_connections=3)
+            serving = asyncio.create_task(server.serve(sockets=[listening.dup()]))
+            await listens.wait()
+            busy, first, second = (socket.create_connection(listening.getsockname()) for _ in range(3))
+            busy.sendall(HALF)
+            while taken(server) < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            with socket.create_connection(listening.getsockname(), timeout=10) as one_more:
+                one_more.sendall(ALIVE)
+                assert (await asyncio.to_thread(one_more.recv, 1000)).startswith(b"HTTP/1.1 200")
+            assert await asyncio.to_thread(first.recv, 1) == b""
+            for client in (busy, second):
+                client.sendall(ALIVE.removeprefix(HALF) if client is busy else ALIVE)
+                assert (await asyncio.to_thread(client.recv, 1000)).startswith(b"HTTP/1.1 200")
+            for client in (busy, first, second):
+                client.close()
+            server.should_exit = True
+            await serving
 
     in_a_thread(scenario)
