@@ -24,7 +24,7 @@ from service import aliases as aliasing
 from service import bundle as bundles
 from service.admission import Admitted, admit
 from service.aliases import STABLE, Aliases
-from service.bundle import Bundle
+from service.bundle import Bundle, Digests
 from service.canary import Canary
 from service.coalescing import Coalescer
 from service.counts import Counts
@@ -418,22 +418,24 @@ def _missing(name: str, version: str) -> Entry:
 
 def _has_same_bytes(found: Found, live: Live) -> bool:
     try:
-        return _read(found).contents == live.admitted.bundle.contents
+        _read(found, live.admitted.bundle.digests)
     except AdmissionRefused:
         return False
+    return True
 
 
-def _read(found: Found) -> Bundle:
+def _read(found: Found, tried: Digests | None) -> Bundle:
     if found.path.is_file():
-        return bundles.read_plain(found.path)
-    return bundles.read(found.path, name=found.name, version=found.version)
+        return bundles.read_plain(found.path, tried=tried)
+    return bundles.read(found.path, name=found.name, version=found.version, tried=tried)
 
 
 def _load_tried(found: Found, placement: Placement, settings: Settings) -> Entry:
-    """`_load` for a process that already serves: only what another process came back from."""
-    if reason := tried(found.path, found.name, found.version, placement, settings):
-        return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
-    return _load(found, placement, settings, memory_bytes=None)
+    """`_load` for a process that already serves: only the bytes that another process came back from."""
+    there = tried(found.path, found.name, found.version, placement, settings)
+    if there.reason:
+        return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=there.reason)
+    return _load(found, placement, settings, digests=there.digests)
 
 
 def load_bounded(found: Found, placement: Placement, settings: Settings) -> Entry:
@@ -454,13 +456,26 @@ def load_bounded(found: Found, placement: Placement, settings: Settings) -> Entr
         return _load(found, placement, settings, memory_bytes=int(free_memory_bytes() * SHARE))
 
 
-def _load(found: Found, placement: Placement, settings: Settings, *, memory_bytes: int | None) -> Entry:
+def _load(
+    found: Found,
+    placement: Placement,
+    settings: Settings,
+    *,
+    memory_bytes: int | None = None,
+    digests: Digests | None = None,
+) -> Entry:
+    """Admit a version, and make what serves it.
+
+    Args:
+        memory_bytes: the most that it may take; None: any amount.
+        digests: of what it must consist; None: whatever is there.
+    """
     deadline = Deadline()
     memory = nullcontext() if memory_bytes is None else bounded_memory(memory_bytes)
     try:
         with bounded_time(settings.admission_limit_s, deadline.end), memory:
             admitted = admit(
-                _read(found),
+                _read(found, digests),
                 placement,
                 threads=settings.threads,
                 max_batch_rows=settings.max_batch_rows,

@@ -5,6 +5,7 @@ not notice that, so the first to load it is a process that nobody needs.
 
 Rule 1: the trial is the same admission and rehearsal, on the same device, within bounds of time and memory.
 Rule 2: a trial that does not come back is a refusal, with what ended it.
+Rule 3: a trial is of bytes, not of a path: it says the digest of every file that it read, and nothing else is loaded.
 """
 
 from __future__ import annotations
@@ -14,16 +15,29 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import final
 
+from service.bundle import Digests
 from service.limits import GRACE_S
 from service.runtime import Placement
 from service.settings import Settings
 
 
-def tried(path: Path, name: str, version: str, placement: Placement, settings: Settings) -> str:
-    """Why this version cannot be served; empty if it can.
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """What became of a version that was tried."""
+
+    reason: str = ""
+    """Why it cannot be served; empty if it can."""
+    digests: Digests = field(default_factory=dict)
+    """Of what was read."""
+
+
+def tried(path: Path, name: str, version: str, placement: Placement, settings: Settings) -> Tried:
+    """Try a version in another process.
 
     Args:
         path: a bundle's folder, or a plain ONNX file.
@@ -46,10 +60,11 @@ def tried(path: Path, name: str, version: str, placement: Placement, settings: S
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"not admitted: a process that tried it was not done after {limit_s:.0f} s"
+        return Tried(reason=f"not admitted: a process that tried it was not done after {limit_s:.0f} s")
     if ended.returncode < 0:
-        return f"not admitted: it ended the process that tried it ({signal.Signals(-ended.returncode).name})"
+        name_of_end = signal.Signals(-ended.returncode).name
+        return Tried(reason=f"not admitted: it ended the process that tried it ({name_of_end})")
     if ended.returncode:
-        return f"not admitted: the process that tried it ended with code {ended.returncode}; the log says why"
-    reason: str = json.loads(ended.stdout)
-    return reason
+        code = ended.returncode
+        return Tried(reason=f"not admitted: the process that tried it ended with code {code}; the log says why")
+    return Tried(**json.loads(ended.stdout))

@@ -11,7 +11,6 @@ Rule 4: the supervisor knows what is being loaded before it is: a model may end 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import signal
 import socket
@@ -23,7 +22,6 @@ from typing import Any, final
 from service import logs
 from service.aliases import Aliases
 from service.app import create_app
-from service.bundle import Bundle
 from service.errors import NotReady, Refused
 from service.http_server import SHARED_TAKES_AT_ONCE, Server
 from service.loading import loaded, placed
@@ -206,7 +204,7 @@ def _loaded_as(
                 f"version {verdict.version} of model '{verdict.name}' is gone from '{path}', and the other workers "
                 "serve it; put it back, or unload the model"
             )
-        if verdict.ready and entry is not None and _verdict(entry).digest != verdict.digest:
+        if verdict.ready and entry is not None and _verdict(entry).digests != verdict.digests:
             raise Refused(
                 f"version {verdict.version} of model '{verdict.name}' under '{path}' is not what the other workers "
                 "serve: its files were changed since; load it, or put back what was there"
@@ -220,18 +218,9 @@ def _refused(verdict: Verdict) -> Entry:
 
 
 def _verdict(entry: Entry) -> Verdict:
-    digest = "" if entry.live is None else _digest(entry.live.admitted.bundle)
-    return Verdict(name=entry.name, version=entry.version, state=entry.state, reason=entry.reason, digest=digest)
+    digests = {} if entry.live is None else entry.live.admitted.bundle.digests
+    return Verdict(name=entry.name, version=entry.version, state=entry.state, reason=entry.reason, digests=digests)
 
 
 def _verdicts(entries: Iterable[Entry]) -> list[Verdict]:
     return [_verdict(entry) for entry in entries]
-
-
-def _digest(bundle: Bundle) -> str:
-    """Of every file that was read."""
-    whole = hashlib.sha256()
-    for path, content in sorted(bundle.contents.items()):
-        whole.update(f"{path}\0{len(content)}\0".encode())
-        whole.update(content)
-    return whole.hexdigest()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from service import repository
@@ -15,8 +17,9 @@ from service.places import Found
 from service.repository import load_bounded
 from service.runtime import place
 from service.settings import Settings
-from service.trial import tried
+from service.trial import Tried, tried
 from tests import graphs
+from tests.bundles import write_table_bundle
 from tests.service.hostile import REFUSED, a_loop_without_end
 
 LIMIT_S = 1.0
@@ -90,8 +93,8 @@ def test_a_version_is_tried_elsewhere_first(tmp_path: Path) -> None:
     well_meant = put(tmp_path, "well", graphs.batchnorm_model().SerializeToString())
     endless = put(tmp_path, "endless", a_loop_without_end())
     settings = Settings(admission_limit_s=2.0, threads=1)
-    assert tried(well_meant, "well", "1", place("cpu"), settings) == ""
-    assert "did not come to an end" in tried(endless, "endless", "1", place("cpu"), settings)
+    assert tried(well_meant, "well", "1", place("cpu"), settings).reason == ""
+    assert "did not come to an end" in tried(endless, "endless", "1", place("cpu"), settings).reason
 
 
 def test_what_ends_the_process_that_tries_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +108,78 @@ def test_what_ends_the_process_that_tries_it_is_refused(tmp_path: Path, monkeypa
     entry, serving = served.admit("net")
     assert (entry.live, serving.live) == (None, served.live("net"))
     assert "it ended the process that tried it (SIGSEGV)" in entry.reason
+
+
+def exchanged_model(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(graphs.batchnorm_model(mean=graphs.MEAN + 1).SerializeToString())
+
+
+def exchanged_for_the_same_size(folder: Path) -> None:
+    content = bytearray((folder / "test_data_set_0" / "output_0.pb").read_bytes())
+    content[-1] ^= 1
+    (folder / "test_data_set_0" / "output_0.pb").write_bytes(content)
+
+
+def no_passport(folder: Path) -> None:
+    (folder / "model.json").unlink()
+
+
+def other_passport(folder: Path) -> None:
+    with (folder / "model.json").open("a") as file:
+        file.write("\n")
+
+
+TORN = "is not what was tried: its files change while they are read; load it again"
+
+
+@pytest.mark.parametrize(
+    ("exchange", "reason"),
+    [
+        (exchanged_model, TORN),
+        (exchanged_for_the_same_size, TORN),
+        (no_passport, "'model.json' cannot be read"),
+        (other_passport, TORN),
+    ],
+)
+def test_only_the_bytes_that_were_tried_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: Callable[[Path], None], reason: str
+) -> None:
+    """What is laid there between the trial and the load is refused, however well it would be admitted."""
+    write_table_bundle(tmp_path, name="table")
+    served = repository.load(tmp_path, place("cpu"), Settings(threads=1, max_batch_rows=8))
+    parsed: list[bytes] = []
+
+    def tried_and_exchanged(path: Path, *facts: Any) -> Tried:
+        said = tried(path, *facts)
+        exchange(path)
+        monkeypatch.setattr(onnx, "load_model_from_string", parse)
+        return said
+
+    def parse(content: bytes) -> onnx.ModelProto:
+        parsed.append(content)
+        model = onnx.ModelProto()
+        model.ParseFromString(content)
+        return model
+
+    before = served.live("table").admitted.bundle.contents["model.onnx"]
+    monkeypatch.setattr(repository, "tried", tried_and_exchanged)
+    entry, serving = served.admit("table")
+    assert (entry.live, serving.live) == (None, served.live("table"))
+    assert reason in entry.reason
+    assert set(parsed) <= {before}
+
+
+def test_a_plain_file_with_its_weights_beside_it_is_what_was_tried(tmp_path: Path) -> None:
+    """It has another name than in a bundle."""
+    model = graphs.batchnorm_model()
+    onnx.save_model(model, tmp_path / "net.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    served = repository.load(tmp_path / "net.onnx", place("cpu"), Settings(threads=1))
+    before = served.live("net")
+    served.swap("net", served.admit("net"))
+    assert served.live("net") is not before
+    (tmp_path / "weights").write_bytes(b"")
+    entry, serving = served.admit("net")
+    assert (entry.live, serving.live) == (None, served.live("net"))
 
 
 def test_memory_is_unbounded_again_afterwards(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from service.workers.worker import OneOfSeveral
 
 
 def ready(version: str, digest: str = "a1") -> Verdict:
-    return Verdict(name="credit", version=version, state="READY", digest=digest)
+    return Verdict(name="credit", version=version, state="READY", digests={"model.onnx": digest})
 
 
 def refused(version: str, reason: str = "refused at the golden door") -> Verdict:
