@@ -7,7 +7,8 @@ Rule 2: in a turn of the loop, as many connections are taken as there are. If it
         the more, the more it has already, so that a thousand take some twenty turns and not some hundreds.
 Rule 3: nothing that was accepted is lost when the process ends. After SIGTERM it is not ready, but answers all that
         comes for a while, until those who send it have noticed; each answer closes its connection. Then nobody is let
-        in any more, what is there is answered, and the process ends. Ctrl-C goes without the while.
+        in any more, what is there is answered, and the process ends. Ctrl-C goes without the while. What is being
+        admitted is given up at the signal.
         It ends also if the engine never comes back: a thread cannot be stopped, but it can be left behind.
 Rule 4: over TLS, who does not complete the handshake in time, or speaks something else, is let go of, and nobody waits.
 """
@@ -141,7 +142,7 @@ class Server(uvicorn.Server):
         signum: int | None = None
         while not self.should_exit:
             signum = await self._signal_within(TICK_S)
-        self._app.readiness.ending = True
+        self._app.readiness.end()
         loop = asyncio.get_running_loop()
         end_s = loop.time() + (self._shutdown_delay_s if signum == signal.SIGTERM else 0.0)
         signum = None

@@ -48,7 +48,7 @@ from service.runtime import Deadline, Placement
 from service.settings import Settings
 from service.signature import SampleReader
 from service.statistics import Statistics
-from service.trial import tried
+from service.trial import Trials
 
 UNLOADED = "unloaded by request"
 """The reason why a version is not served that nobody refused."""
@@ -114,6 +114,7 @@ class Repository:
         """What answers who names a version or an alias, by model."""
         self._replaced: WeakSet[Live] = WeakSet()
         """Those that still have requests to answer, and hold themselves for no longer."""
+        self._trials = Trials()
         self.counts = Counts()
         """Of all that this process serves and has served."""
         for name, of_one in groupby(sorted(entries, key=lambda entry: entry.name), lambda entry: entry.name):
@@ -135,6 +136,7 @@ class Repository:
 
         Raises:
             UnknownModel: nothing of that name is there.
+            NotReady: `stop_admitting` was called.
         """
         asked = versions is None
         before = self._entries.get(name, ())
@@ -168,6 +170,10 @@ class Repository:
 
         kept = [version for version in serving if not asked or version in held]
         return tuple(_wanted({*there, *kept, *rule.names, *held}, rule, held, look))
+
+    def stop_admitting(self) -> None:
+        """The service ends: an admission that is under way is given up, and none begins any more."""
+        self._trials.end()
 
     def swap(self, name: str, entries: tuple[Entry, ...]) -> list[str]:
         """From now on a model is what was found of it; where nothing of that was admitted, it goes on as it was.
@@ -313,7 +319,11 @@ class Repository:
         return UnknownVersion(model=name, version=alias, serving=self.versions(name))
 
     def _load(self, found: Found) -> Entry:
-        return _load_tried(found, self._placement, self._settings)
+        """Only the bytes that another process came back from: this one serves."""
+        there = self._trials.tried(found.path, found.name, found.version, self._placement, self._settings)
+        if there.reason:
+            return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=there.reason)
+        return _load(found, self._placement, self._settings, digests=there.digests)
 
 
 def load(
@@ -428,14 +438,6 @@ def _read(found: Found, tried: Digests | None) -> Bundle:
     if found.path.is_file():
         return bundles.read_plain(found.path, tried=tried)
     return bundles.read(found.path, name=found.name, version=found.version, tried=tried)
-
-
-def _load_tried(found: Found, placement: Placement, settings: Settings) -> Entry:
-    """`_load` for a process that already serves: only the bytes that another process came back from."""
-    there = tried(found.path, found.name, found.version, placement, settings)
-    if there.reason:
-        return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=there.reason)
-    return _load(found, placement, settings, digests=there.digests)
 
 
 def load_bounded(found: Found, placement: Placement, settings: Settings) -> Entry:

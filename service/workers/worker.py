@@ -22,7 +22,7 @@ from typing import Any, final
 from service import logs
 from service.aliases import Aliases
 from service.app import create_app
-from service.errors import NotReady, Refused
+from service.errors import STOPPING, NotReady, Refused
 from service.http_server import SHARED_TAKES_AT_ONCE, Server
 from service.loading import loaded, placed
 from service.meters import reading_of
@@ -175,7 +175,7 @@ class OneOfSeveral:
         try:
             return await self._supervisor.ask(question, **facts)
         except Gone as gone:
-            raise NotReady("the service is being stopped") from gone
+            raise NotReady(STOPPING) from gone
 
 
 def _loaded_as(

@@ -17,7 +17,7 @@ from service.places import Found
 from service.repository import load_bounded
 from service.runtime import place
 from service.settings import Settings
-from service.trial import Tried, tried
+from service.trial import Trials, Tried
 from tests import graphs
 from tests.bundles import write_table_bundle
 from tests.service.hostile import REFUSED, a_loop_without_end
@@ -93,6 +93,7 @@ def test_a_version_is_tried_elsewhere_first(tmp_path: Path) -> None:
     well_meant = put(tmp_path, "well", graphs.batchnorm_model().SerializeToString())
     endless = put(tmp_path, "endless", a_loop_without_end())
     settings = Settings(admission_limit_s=2.0, threads=1)
+    tried = Trials().tried
     assert tried(well_meant, "well", "1", place("cpu"), settings).reason == ""
     assert "did not come to an end" in tried(endless, "endless", "1", place("cpu"), settings).reason
 
@@ -149,8 +150,8 @@ def test_only_the_bytes_that_were_tried_are_loaded(
     served = repository.load(tmp_path, place("cpu"), Settings(threads=1, max_batch_rows=8))
     parsed: list[bytes] = []
 
-    def tried_and_exchanged(path: Path, *facts: Any) -> Tried:
-        said = tried(path, *facts)
+    def tried_and_exchanged(trials: Trials, path: Path, *facts: Any) -> Tried:
+        said = tried(trials, path, *facts)
         exchange(path)
         monkeypatch.setattr(onnx, "load_model_from_string", parse)
         return said
@@ -162,7 +163,8 @@ def test_only_the_bytes_that_were_tried_are_loaded(
         return model
 
     before = served.live("table").admitted.bundle.contents["model.onnx"]
-    monkeypatch.setattr(repository, "tried", tried_and_exchanged)
+    tried = Trials.tried
+    monkeypatch.setattr(Trials, "tried", tried_and_exchanged)
     entry, serving = served.admit("table")
     assert (entry.live, serving.live) == (None, served.live("table"))
     assert reason in entry.reason
