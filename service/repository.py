@@ -484,6 +484,7 @@ def _load(
                 deadline=deadline,
             )
             batching = rehearse(admitted, settings.numerics)
+            deadline.lift()  # or it would pass while this serves
     except AdmissionRefused as refusal:
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=str(refusal))
     except MemoryError:

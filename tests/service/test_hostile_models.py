@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from service import repository
 from service.places import Found
+from service.rehearsal import Batching, rehearse
 from service.repository import load_bounded
 from service.runtime import place
 from service.settings import Settings
@@ -182,6 +184,37 @@ def test_a_plain_file_with_its_weights_beside_it_is_what_was_tried(tmp_path: Pat
     (tmp_path / "weights").write_bytes(b"")
     entry, serving = served.admit("net")
     assert (entry.live, serving.live) == (None, served.live("net"))
+
+
+@pytest.mark.parametrize("late_for", ["the last run", "all"])
+def test_a_deadline_that_passes_at_the_last_moment_harms_no_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_for: str
+) -> None:
+    """It is refused, or admitted and answers for ever: never admitted and without an answer."""
+    folder = put(tmp_path, "net", graphs.batchnorm_model().SerializeToString())
+    passes: list[Callable[[], None]] = []
+
+    @contextmanager
+    def never(limit_s: float, late: Callable[[], None]) -> Iterator[None]:
+        passes.append(late)
+        yield
+
+    def rehearsed(*arguments: Any) -> Batching:
+        batching = rehearse(*arguments)
+        if late_for == "the last run":
+            passes[-1]()
+        return batching
+
+    monkeypatch.setattr(repository, "bounded_time", never)
+    monkeypatch.setattr(repository, "rehearse", rehearsed)
+    entry = load_bounded(Found(name="net", version="1", path=folder), place("cpu"), Settings(threads=1))
+    if late_for == "the last run":
+        assert entry.live is None
+        assert "it did not come to an end" in entry.reason
+        return
+    passes[-1]()
+    assert entry.live is not None
+    assert entry.live.admitted.runtime.run(entry.live.admitted.sample(1).tensors)
 
 
 def test_memory_is_unbounded_again_afterwards(tmp_path: Path) -> None:
