@@ -19,6 +19,9 @@ from service.places import NAME_PATTERN
 
 LATEST = "latest"
 
+TORN = "not admitted: its files change while they are read; load it again"
+"""Why a version is refused that is another one each time it is looked at."""
+
 
 @final
 @dataclass(frozen=True, slots=True)

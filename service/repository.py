@@ -42,13 +42,13 @@ from service.errors import (
 from service.limits import GRACE_S, SHARE, bounded_memory, bounded_time, free_memory_bytes
 from service.memory import give_back_soon
 from service.places import Found, find, version_order
-from service.policy import Rule, parse
+from service.policy import TORN, Rule, parse
 from service.rehearsal import Batching, rehearse
 from service.runtime import Deadline, Placement
 from service.settings import Settings
 from service.signature import SampleReader
 from service.statistics import Statistics
-from service.trial import Trials
+from service.trial import Trials, Tried
 
 UNLOADED = "unloaded by request"
 """The reason why a version is not served that nobody refused."""
@@ -125,7 +125,9 @@ class Repository:
         """Every version that was looked at, models in order of their names."""
         return tuple(entry for name in sorted(self._entries) for entry in _one_for_each(self._entries[name]))
 
-    def admit(self, name: str, versions: Collection[str] | None = None) -> tuple[Entry, ...]:
+    def admit(
+        self, name: str, versions: Collection[str] | None = None, decided: Mapping[str, Tried] | None = None
+    ) -> tuple[Entry, ...]:
         """Look at a model's folder again and admit what is to be live; nothing that is served changes.
 
         May take long, so it is called in a thread.
@@ -133,6 +135,8 @@ class Repository:
         Args:
             versions: what changed in the folder. Nothing else is read, what was refused stays so, and an unloaded
                 model too. None: somebody asked, so the newest is admitted anew, and whatever was refused or changed.
+            decided: what another process that serves made of them, by version: nothing is tried again, and no other
+                bytes are loaded. None: this one is the first to look.
 
         Raises:
             UnknownModel: nothing of that name is there.
@@ -159,13 +163,13 @@ class Repository:
                 return [_serving(live, GONE) if live is not None else _missing(name, version)]
             if not asked and version not in versions:  # type: ignore[operator]  # asked is None
                 if known is None and live is None:  # it is wanted only now
-                    return [self._load(found)]
+                    return [self._load(found, decided)]
                 return [*filter(None, [known]), *map(_serving, filter(None, [live]))]
             if live is None:
-                return [self._load(found)]
+                return [self._load(found, decided)]
             if not (asked and version == newest) and _has_same_bytes(found, live):
                 return [_serving(live)]
-            anew = self._load(found)
+            anew = self._load(found, decided)
             return [anew] if anew.ready else [anew, _serving(live)]
 
         kept = [version for version in serving if not asked or version in held]
@@ -318,9 +322,12 @@ class Repository:
             )
         return UnknownVersion(model=name, version=alias, serving=self.versions(name))
 
-    def _load(self, found: Found) -> Entry:
+    def _load(self, found: Found, decided: Mapping[str, Tried] | None) -> Entry:
         """Only the bytes that another process came back from: this one serves."""
-        there = self._trials.tried(found.path, found.name, found.version, self._placement, self._settings)
+        if decided is None:
+            there = self._trials.tried(found.path, found.name, found.version, self._placement, self._settings)
+        else:
+            there = decided.get(found.version, Tried(reason=TORN))
         if there.reason:
             return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=there.reason)
         return _load(found, self._placement, self._settings, digests=there.digests)

@@ -2,8 +2,9 @@
 
 Rule 1: the first worker decides what is served. Every other, also one that takes a dead one's place, loads the same
     bytes before it listens; what was changed meanwhile it loads anew.
-Rule 2: models change one at a time, in two steps: all admit, then all settle on the same verdicts. A worker that dies
-    between the two is replaced by one that is told what was settled.
+Rule 2: models change one at a time, in two steps: all admit, then all settle on the same verdicts. One of them admits
+    first and has each version tried; the others load what that one loaded. A worker that dies between the two steps is
+    replaced by one that is told what was settled.
 Rule 3: who asks gets the answer when all have done it.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from itertools import groupby
 from typing import Any, final
 
@@ -27,6 +29,9 @@ from service.workers.verdicts import Verdict, joint, settled
 
 STATISTICS_LIMIT_S = 2.0
 """A worker that does not answer in this time counts as last heard."""
+
+
+NOBODY_LEFT = "the workers died; others take their place, so send it again"
 
 
 @final
@@ -118,11 +123,11 @@ class Conductor:
         asked = None if versions is None else sorted(versions)
         async with self._changing:
             try:
-                found = await self._ask_all("admit", model=model, versions=asked)
+                found = await self._admitted(model, asked)
             except EvalmodeError:
                 await self._ask_all("settle", model=model, verdicts=None)
                 raise
-            new = joint([[Verdict(**verdict) for verdict in verdicts] for verdicts in found])
+            new = joint(found)
             kept = await self._ask_all("settle", model=model, verdicts=new)
             self._verdicts[model] = settled(self._verdicts.get(model, ()), new)
             self._forget_counts(model, set(kept[0]).intersection(*kept))
@@ -130,6 +135,15 @@ class Conductor:
         self._loads.add(model, ready=refused is None)
         if refused:
             raise refused
+
+    async def _admitted(self, model: str, versions: Collection[str] | None) -> list[list[Verdict]]:
+        """What each worker made of a model: its trial may take most of the memory that is free, so there is one."""
+        for first in [*self.workers]:
+            with suppress(Gone):
+                decided = await first.ask("admit", model=model, versions=versions, decided=None)
+                others = await self._ask_all("admit", but=first, model=model, versions=versions, decided=decided)
+                return [[Verdict(**verdict) for verdict in verdicts] for verdicts in (decided, *others)]
+        raise NotReady(NOBODY_LEFT)
 
     async def _move_alias(self, model: str, alias: str, version: str | None) -> bool:
         async with self._changing:
@@ -176,21 +190,24 @@ class Conductor:
         self._changes += 1
         self._tally.forget(model, kept)
 
-    async def _ask_all(self, question: str, **facts: object) -> list[Any]:
+    async def _ask_all(self, question: str, *, but: Channel | None = None, **facts: object) -> list[Any]:
         """The answers of all who serve; one that died meanwhile has none, and is replaced.
+
+        Args:
+            but: has answered already.
 
         Raises:
             EvalmodeError: the first refusal, after all have answered.
             NotReady: nobody is left.
         """
-        asked = [worker.ask(question, **facts) for worker in self.workers]
+        asked = [worker.ask(question, **facts) for worker in self.workers if worker is not but]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, Gone):
                 raise answer
         answers = [answer for answer in answers if not isinstance(answer, Gone)]
-        if not answers:
-            raise NotReady("the workers died; others take their place, so send it again")
+        if not answers and but is None:
+            raise NotReady(NOBODY_LEFT)
         return answers
 
     def _all_verdicts(self) -> list[Verdict]:

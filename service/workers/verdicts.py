@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, final
 
 from service.places import version_order
-
-TORN = "not admitted: its files changed while the workers read them; load it again"
+from service.policy import TORN
 
 
 @final

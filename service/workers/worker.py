@@ -3,7 +3,8 @@
 Rule 1: it does what the supervisor asks, in this order: `prepare`, `listen`; from then on `admit` and `settle`,
     `take_aliases`, `unload`, `statistics`, `reading`, `ping`. It serves nothing before `listen`, so whoever answers is
     ready.
-Rule 2: `admit` changes nothing that is served; `settle` cannot fail. So several workers can do both or neither.
+Rule 2: `admit` changes nothing that is served; `settle` cannot fail. So several workers can do both or neither. What
+    another has admitted is not tried again, and nothing else is loaded.
 Rule 3: when the supervisor is gone, it stops.
 Rule 4: the supervisor knows what is being loaded before it is: a model may end the process, which then says nothing.
 """
@@ -33,6 +34,7 @@ from service.repository import Entry, Repository, load_these
 from service.settings import Settings
 from service.statistics import Document
 from service.tls import tls_of
+from service.trial import Tried
 from service.workers.channel import Channel, Facts, Gone
 from service.workers.verdicts import Verdict
 
@@ -68,7 +70,7 @@ class Worker:
                 await self._listen()
                 return None
             case "admit":
-                return await asyncio.to_thread(self._admit, facts["model"], facts["versions"])
+                return await asyncio.to_thread(self._admit, facts["model"], facts["versions"], facts["decided"])
             case "settle":
                 return self._settle(facts["model"], facts["verdicts"])
             case "take_aliases":
@@ -122,11 +124,12 @@ class Worker:
         self._tasks.create_task(server.serve(sockets=[self._listening]))
         await listens.wait()
 
-    def _admit(self, model: str, versions: Collection[str] | None) -> list[Verdict]:
+    def _admit(self, model: str, versions: Collection[str] | None, decided: Sequence[Facts] | None) -> list[Verdict]:
         """May take long, so it is called in a thread; the supervisor has one model admitted at a time."""
+        known = None if decided is None else _tried([Verdict(**verdict) for verdict in decided])
         self._begin(f"model '{model}'")
         try:
-            self._candidates[model] = self._repository.admit(model, versions)
+            self._candidates[model] = self._repository.admit(model, versions, known)
         finally:
             self._begin("")
         return _verdicts(self._candidates[model])
@@ -211,6 +214,12 @@ def _loaded_as(
             )
     entries = [found[(it.name, it.version)] if it.ready else _refused(it) for it in verdicts]
     return Repository(entries, path=path, placement=placement, settings=settings, aliases=aliases)
+
+
+def _tried(verdicts: Sequence[Verdict]) -> dict[str, Tried]:
+    """What another worker made of a model, by version: one that goes on although its files were refused is refused."""
+    ready = {it.version: Tried(digests=it.digests) for it in verdicts if it.ready}
+    return ready | {it.version: Tried(reason=it.reason) for it in verdicts if not it.ready}
 
 
 def _refused(verdict: Verdict) -> Entry:

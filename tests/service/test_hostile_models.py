@@ -15,6 +15,7 @@ import pytest
 
 from service import repository
 from service.places import Found
+from service.policy import TORN as TORN_BEFORE
 from service.rehearsal import Batching, rehearse
 from service.repository import load_bounded
 from service.runtime import place
@@ -171,6 +172,26 @@ def test_only_the_bytes_that_were_tried_are_loaded(
     assert (entry.live, serving.live) == (None, served.live("table"))
     assert reason in entry.reason
     assert set(parsed) <= {before}
+
+
+def test_what_another_worker_tried_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is loaded if it is the same, byte by byte, and refused where the other refused it or has not seen it."""
+    folder = put(tmp_path / "models", "net", graphs.batchnorm_model().SerializeToString())
+    served = repository.load(tmp_path / "models", place("cpu"), Settings(threads=1, versions="latest:3"))
+    digests = served.live("net").admitted.bundle.digests
+    monkeypatch.delattr(Trials, "tried")
+    (entry,) = served.admit("net", None, {"1": Tried(digests=digests)})
+    assert entry.ready
+    assert entry.live is not served.live("net")
+    refused, serving = served.admit("net", None, {"1": Tried(reason="not admitted: a reason")})
+    assert (refused.reason, serving.live) == ("not admitted: a reason", served.live("net"))
+    put(tmp_path, "new", b"").rename(folder.parent / "2")
+    new, serving = served.admit("net", {"2"}, {"1": Tried(digests=digests)})
+    assert (new.version, new.reason, serving.live) == ("2", TORN_BEFORE, served.live("net"))
+    exchanged_model(folder)
+    *_, changed, serving = served.admit("net", {"1"}, {"1": Tried(digests=digests)})
+    assert TORN in changed.reason
+    assert serving.live is served.live("net")
 
 
 def test_a_plain_file_with_its_weights_beside_it_is_what_was_tried(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from service.app import create_app
 from service.asgi import Application
 from service.errors import EvalmodeError, Internal, LoadRefused, NotReady, Refused, UnknownModel, UnknownVersion
 from service.http_server import SHARED_TAKES_AT_ONCE, TAKES_AT_ONCE, Server
+from service.policy import TORN
 from service.repository import Repository
 from service.runtime import place
 from service.settings import Settings
@@ -29,7 +31,7 @@ from service.workers.channel import Channel, Facts, Gone, restored
 from service.workers.conductor import Conductor
 from service.workers.supervisor import pause_s
 from service.workers.tally import Tally
-from service.workers.verdicts import TORN, Verdict, joint, settled
+from service.workers.verdicts import Verdict, joint, settled
 from service.workers.worker import OneOfSeveral
 
 
@@ -371,6 +373,8 @@ class FakeWorker:
         self.aliases: dict[str, dict[str, str]] = {}
         self.requests = 0
         self.heard: list[str] = []
+        self.decided: list[object] = []
+        """What others had made of what this one was to admit."""
         self.at: dict[str, Callable[[], Awaitable[None]]] = {}
         """What happens before a question is answered."""
 
@@ -391,6 +395,7 @@ class FakeWorker:
                 self.aliases = facts["aliases"] or {}
                 return {"verdicts": self.served, "aliases": self.aliases}
             case "admit":
+                self.decided.append(facts["decided"])
                 return self.found()
             case "settle":
                 if facts["verdicts"] is not None:
@@ -461,6 +466,21 @@ def test_a_load_is_done_in_all_before_it_is_answered() -> None:
     run(scenario)
 
 
+def test_a_version_is_tried_in_one_worker() -> None:
+    """The others hear what came of it, with the digests of the files."""
+
+    async def scenario() -> None:
+        _, one, other = await crew_of_two()
+        one.disk = other.disk = [refused("3"), ready("2")]
+        with pytest.raises(LoadRefused):
+            await one.crew.load("credit")
+        told = [[asdict(refused("3")), asdict(ready("2"))]]
+        assert sorted([one.decided, other.decided], key=lambda decided: decided != [None]) == [[None], told]
+        await part(one, other)
+
+    run(scenario)
+
+
 def test_an_alias_moves_in_all_and_who_joins_knows_it() -> None:
     """Only to a version that is live; nobody is told of what is refused."""
 
@@ -506,7 +526,7 @@ def test_an_error_in_one_changes_none() -> None:
         with pytest.raises(UnknownModel, match="no model 'credit'"):
             await one.crew.load("credit")
         assert one.served == other.served == [ready("1")]
-        assert one.heard[-2:] == ["admit", "settle"]
+        assert one.heard[-1] == "settle"
         await part(one, other)
 
     run(scenario)
