@@ -42,7 +42,7 @@ from service.errors import (
 from service.limits import GRACE_S, SHARE, bounded_memory, bounded_time, free_memory_bytes
 from service.memory import give_back_soon
 from service.places import Found, find, version_order
-from service.policy import TORN, Rule, parse
+from service.policy import TORN, Rule, parse, settled
 from service.rehearsal import Batching, rehearse
 from service.runtime import Deadline, Placement
 from service.settings import Settings
@@ -180,14 +180,13 @@ class Repository:
         self._trials.end()
 
     def swap(self, name: str, entries: tuple[Entry, ...]) -> list[str]:
-        """From now on a model is what was found of it; where nothing of that was admitted, it goes on as it was.
+        """From now on a model is what was found of it, as `settled` says.
 
         Returns:
             The versions that go on as they were.
         """
         before = self._entries.get(name, ())
-        if not any(entry.ready for entry in entries):
-            entries = (*entries, *(entry for entry in before if entry.ready))
+        entries = settled(before, entries, self._aliases.get(name, {}).values())
         for entry in entries:
             if entry.live is not None:
                 entry.live.statistics.counts = self.counts.of(name, entry.version)

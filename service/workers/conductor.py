@@ -2,9 +2,9 @@
 
 Rule 1: the first worker decides what is served. Every other, also one that takes a dead one's place, loads the same
     bytes before it listens; what was changed meanwhile it loads anew.
-Rule 2: models change one at a time, in two steps: all admit, then all settle on the same verdicts. One of them admits
-    first and has each version tried; the others load what that one loaded. A worker that dies between the two steps is
-    replaced by one that is told what was settled.
+Rule 2: models are loaded one at a time, in two steps: all admit, then all settle on the same verdicts. One of them
+    admits first and has each version tried; the others load what that one loaded. A worker that dies between the two
+    steps is replaced by one that is told what was settled.
 Rule 3: who asks gets the answer when all have done it.
 """
 
@@ -20,12 +20,13 @@ from service.aliases import Aliases, changed
 from service.counts import Loads
 from service.errors import EvalmodeError, NotReady, UnknownModel
 from service.meters import process_reading
-from service.policy import refusal
+from service.policy import refusal, settled
 from service.readings import Reading, joined
 from service.statistics import Document
+from service.turns import Turns
 from service.workers.channel import Channel, Facts, Gone
 from service.workers.tally import ReadingTally, Tally
-from service.workers.verdicts import Verdict, joint, settled
+from service.workers.verdicts import Verdict, joint
 
 STATISTICS_LIMIT_S = 2.0
 """A worker that does not answer in this time counts as last heard."""
@@ -45,8 +46,8 @@ class Conductor:
         self._verdicts: dict[str, tuple[Verdict, ...]] = {}
         """What is served, by model; empty until the first worker has decided."""
         self._aliases: dict[str, Aliases] = {}
-        self._changing = asyncio.Lock()
-        """Held while what is served changes, and while a worker begins to serve it."""
+        self._turns = Turns()
+        """Also of a worker that begins to serve: what is admitted meanwhile, it would not have."""
         self._changes = 0
         self._tally = Tally()
         self._readings = ReadingTally()
@@ -82,7 +83,7 @@ class Conductor:
         while True:
             wanted = (self._all_verdicts(), {**self._aliases}) if self.decided else (None, None)
             said: Facts = await worker.ask("prepare", verdicts=wanted[0], aliases=wanted[1], **facts)
-            async with self._changing:
+            async with self._turns.loading, self._turns.changing:
                 if wanted[0] is not None and wanted != (self._all_verdicts(), self._aliases):
                     continue
                 await worker.ask("listen")
@@ -121,16 +122,18 @@ class Conductor:
     async def load(self, model: str, versions: Collection[str] | None = None) -> None:
         """As a `Crew` does it."""
         asked = None if versions is None else sorted(versions)
-        async with self._changing:
+        async with self._turns.load(model):
             try:
                 found = await self._admitted(model, asked)
             except EvalmodeError:
                 await self._ask_all("settle", model=model, verdicts=None)
                 raise
             new = joint(found)
-            kept = await self._ask_all("settle", model=model, verdicts=new)
-            self._verdicts[model] = settled(self._verdicts.get(model, ()), new)
-            self._forget_counts(model, set(kept[0]).intersection(*kept))
+            async with self._turns.changing:
+                kept = await self._ask_all("settle", model=model, verdicts=new)
+                held = self._aliases.get(model, {}).values()
+                self._verdicts[model] = settled(self._verdicts.get(model, ()), new, held)
+                self._forget_counts(model, set(kept[0]).intersection(*kept))
         refused = refusal(new, versions)
         self._loads.add(model, ready=refused is None)
         if refused:
@@ -146,7 +149,7 @@ class Conductor:
         raise NotReady(NOBODY_LEFT)
 
     async def _move_alias(self, model: str, alias: str, version: str | None) -> bool:
-        async with self._changing:
+        async with self._turns.changing:
             if not self._verdicts.get(model):
                 raise UnknownModel(model=model, models=sorted(self._verdicts))
             live = [verdict.version for verdict in reversed(self._verdicts[model]) if verdict.ready]
@@ -155,7 +158,7 @@ class Conductor:
             return all(await self._ask_all("take_aliases", model=model, aliases=after))
 
     async def _unload(self, model: str) -> None:
-        async with self._changing:
+        async with self._turns.unload(model):
             verdicts = (await self._ask_all("unload", model=model))[0]
             self._verdicts[model] = tuple(Verdict(**verdict) for verdict in verdicts)
             self._forget_counts(model)

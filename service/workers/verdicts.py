@@ -51,10 +51,3 @@ def joint(found: Sequence[Sequence[Verdict]]) -> tuple[Verdict, ...]:
 def _essence(verdicts: Sequence[Verdict]) -> list[tuple[str, str, Mapping[str, str]]]:
     """All but the reason, which may have a figure that is measured anew each time."""
     return [(verdict.version, verdict.state, verdict.digests) for verdict in verdicts]
-
-
-def settled(before: Sequence[Verdict], new: Sequence[Verdict]) -> tuple[Verdict, ...]:
-    """What a model is after `new`: where nothing of that is ready, it goes on as it was. `Repository.swap` does so."""
-    if any(verdict.ready for verdict in new):
-        return tuple(new)
-    return (*new, *(verdict for verdict in before if verdict.ready))

@@ -21,7 +21,7 @@ from service.app import create_app
 from service.asgi import Application
 from service.errors import EvalmodeError, Internal, LoadRefused, NotReady, Refused, UnknownModel, UnknownVersion
 from service.http_server import SHARED_TAKES_AT_ONCE, TAKES_AT_ONCE, Server
-from service.policy import TORN
+from service.policy import TORN, settled
 from service.repository import Repository
 from service.runtime import place
 from service.settings import Settings
@@ -31,7 +31,7 @@ from service.workers.channel import Channel, Facts, Gone, restored
 from service.workers.conductor import Conductor
 from service.workers.supervisor import pause_s
 from service.workers.tally import Tally
-from service.workers.verdicts import Verdict, joint, settled
+from service.workers.verdicts import Verdict, joint
 from service.workers.worker import OneOfSeveral
 
 
@@ -79,7 +79,14 @@ def test_all_end_with_the_same_verdicts(found: list[list[Verdict]], together: li
     ],
 )
 def test_a_refusal_leaves_what_was_served(before: list[Verdict], new: list[Verdict], after: list[Verdict]) -> None:
-    assert list(settled(before, new)) == after
+    assert list(settled(before, new, held=())) == after
+
+
+def test_what_an_alias_names_by_now_goes_on() -> None:
+    """It was moved while another version was admitted, which did not know."""
+    before = [ready("3"), ready("2"), ready("1")]
+    assert settled(before, [ready("4"), ready("1")], held=["1", "3"]) == (ready("4"), ready("3"), ready("1"))
+    assert settled(before, [ready("4"), refused("3")], held=["3"]) == (ready("4"), refused("3"), ready("3"))
 
 
 def counted(model: str, requests: int) -> Document:
@@ -399,7 +406,7 @@ class FakeWorker:
                 return self.found()
             case "settle":
                 if facts["verdicts"] is not None:
-                    self.served = list(settled(self.served, [Verdict(**one) for one in facts["verdicts"]]))
+                    self.served = list(settled(self.served, [Verdict(**one) for one in facts["verdicts"]], held=()))
                 return []
             case "take_aliases":
                 self.aliases = {facts["model"]: facts["aliases"]}
@@ -563,6 +570,36 @@ def test_changes_take_turns() -> None:
             assert steps.count("admit settle") == 2
             assert steps.count("unload") == 1
         assert one.served == other.served
+        await part(one, other)
+
+    run(scenario)
+
+
+def test_an_alias_does_not_wait_for_an_admission() -> None:
+    """Of its own model or another: a way back is needed when something is wrong. An unload waits for its own."""
+
+    async def scenario() -> None:
+        _, one, other = await crew_of_two()
+        admitting, done = asyncio.Event(), asyncio.Event()
+
+        async def long() -> None:
+            admitting.set()
+            await done.wait()
+
+        one.disk = other.disk = [ready("2")]
+        one.at["admit"] = other.at["admit"] = long
+        loading = asyncio.create_task(one.crew.load("credit"))
+        await admitting.wait()
+        assert await other.crew.move_alias("credit", "stable", "1")
+        assert one.aliases == other.aliases == {"credit": {"stable": "1"}}
+        await other.crew.unload("rate")
+        unloading = asyncio.create_task(other.crew.unload("credit"))
+        await asyncio.sleep(0.05)
+        assert not unloading.done()
+        done.set()
+        await loading
+        await unloading
+        assert other.heard.index("settle") < len(other.heard) - 1 - other.heard[::-1].index("unload")
         await part(one, other)
 
     run(scenario)
