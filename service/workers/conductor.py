@@ -1,7 +1,8 @@
 """Keeps several workers in step: they serve the same models, and count together.
 
 Rule 1: the first worker decides what is served. Every other, also one that takes a dead one's place, loads the same
-    bytes before it listens; what was changed meanwhile it loads anew.
+    bytes before it listens; what was changed meanwhile it loads anew. Where nobody serves any more and nobody can load
+    the same, the next one decides as the first did.
 Rule 2: models are loaded one at a time, in two steps: all admit, then all settle on the same verdicts. One of them
     admits first and has each version tried; the others load what that one loaded. A worker that dies between the two
     steps is replaced by one that is told what was settled.
@@ -78,13 +79,13 @@ class Conductor:
             EvalmodeError: it cannot serve that.
             Gone: it died.
         """
-        if not first:
-            await self._decided.wait()
         while True:
-            wanted = (self._all_verdicts(), {**self._aliases}) if self.decided else (None, None)
+            if not first:
+                await self._decided.wait()
+            wanted = self._wanted()
             said: Facts = await worker.ask("prepare", verdicts=wanted[0], aliases=wanted[1], **facts)
             async with self._turns.loading, self._turns.changing:
-                if wanted[0] is not None and wanted != (self._all_verdicts(), self._aliases):
+                if wanted != self._wanted():
                     continue
                 await worker.ask("listen")
                 self.workers.add(worker)
@@ -95,6 +96,13 @@ class Conductor:
                     self._aliases = said["aliases"]
                     self._decided.set()
                 return said
+
+    def begin_anew(self) -> None:
+        """Nobody serves, and nobody can serve what was served: the next worker that joins as the first decides."""
+        self._decided.clear()
+        for model in self._verdicts:
+            self._forget_counts(model)
+        self._verdicts, self._aliases = {}, {}
 
     def leave(self, worker: Channel) -> None:
         """A worker serves no more; what it counted stays counted."""
@@ -213,8 +221,11 @@ class Conductor:
             raise NotReady(NOBODY_LEFT)
         return answers
 
-    def _all_verdicts(self) -> list[Verdict]:
-        return [verdict for name in sorted(self._verdicts) for verdict in self._verdicts[name]]
+    def _wanted(self) -> tuple[list[Verdict] | None, dict[str, Aliases] | None]:
+        """What a worker is to serve, and its aliases; None: it decides."""
+        if not self.decided:
+            return None, None
+        return [verdict for name in sorted(self._verdicts) for verdict in self._verdicts[name]], {**self._aliases}
 
 
 def _by_model(verdicts: Iterable[Verdict]) -> dict[str, tuple[Verdict, ...]]:

@@ -605,6 +605,38 @@ def test_an_alias_does_not_wait_for_an_admission() -> None:
     run(scenario)
 
 
+def test_when_nobody_can_serve_what_was_served_the_next_decides() -> None:
+    """One does, and who had begun to follow what was decided before follows that."""
+
+    async def scenario() -> None:
+        conductor, one, other = await crew_of_two()
+        await one.crew.move_alias("credit", "stable", "1")
+        for worker in (one, other):
+            await worker.die()
+            conductor.leave(worker.known_as)
+        third, fourth = FakeWorker(), FakeWorker()
+        third.disk, fourth.disk = [ready("2")], [ready("3")]
+        begun = asyncio.Event()
+
+        async def hold() -> None:
+            fourth.at.clear()
+            await begun.wait()
+
+        fourth.at["prepare"] = hold
+        following = asyncio.create_task(fourth.enlist(conductor, first=True))
+        await asyncio.sleep(0.05)
+        conductor.begin_anew()
+        await third.enlist(conductor, first=True)
+        begun.set()
+        await following
+        assert third.served == fourth.served == [ready("2")]
+        assert third.aliases == fourth.aliases == {}
+        assert fourth.heard == ["prepare", "prepare", "listen"]
+        await part(one, other, third, fourth)
+
+    run(scenario)
+
+
 def test_what_was_changed_while_a_worker_prepared_it_prepares_anew() -> None:
     """An unloaded model does not come back with the one that takes a dead worker's place."""
 
