@@ -3,7 +3,8 @@
 Rule 1: `read` looks at every file once; what is digested and what is loaded are the same bytes.
 Rule 2: `write` makes a folder appear whole or not at all, and never overwrites a version.
 Rule 3: nothing here judges; the doors in `service.admission` do.
-Rule 4: a bundle may come from anybody. Only plain files inside its folder are read, and none that memory cannot hold.
+Rule 4: what was tried elsewhere is not even parsed here where its bytes are other ones.
+Rule 5: a bundle may come from anybody. Only plain files inside its folder are read, and none that memory cannot hold.
 
 The folder is also a version folder of a Triton repository, and `test_data_set_0` is ONNX's own layout for test data
 (`input_0.pb`, `output_0.pb`: TensorProto files in the order of the graph's inputs and outputs).
@@ -42,6 +43,9 @@ REPORT_FILE = "report.html"
 """For people; the service does not read it."""
 LONGEST_PASSPORT_BYTES = 64 * 2**20
 """Of tens of thousands of layers."""
+
+Digests = Mapping[str, str]
+"""Of each file that was read, by path inside: its size in bytes and its SHA-256, as `12:9f86d0...`."""
 
 
 class _Value(BaseModel):
@@ -142,6 +146,13 @@ class Bundle:
     """The bytes of `model.onnx`, of the files with its weights and of those the passport names, by path inside."""
     passport: Passport | None
     """None for a plain ONNX file: admission then knows less."""
+    passport_bytes: bytes = b""
+    """As read."""
+
+    @property
+    def digests(self) -> Digests:
+        passport = {PASSPORT_FILE: self.passport_bytes} if self.passport is not None else {}
+        return {path: _digest(content) for path, content in sorted({**self.contents, **passport}.items())}
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -178,28 +189,34 @@ def next_version(model_folder: Path) -> str:
     return str(max((int(version) for version in taken if version.isdecimal()), default=0) + 1)
 
 
-def read(folder: Path, *, name: str, version: str) -> Bundle:
+def read(folder: Path, *, name: str, version: str, tried: Digests | None = None) -> Bundle:
     """Read a bundle's files.
+
+    Args:
+        tried: what they are to be; None: whatever they are.
 
     Raises:
         AdmissionRefused: `model.onnx` or a file named by the passport is not readable, or the passport is not valid, or
-            it is missing where other files of a bundle are.
+            it is missing where other files of a bundle are, or a file is not what was tried.
     """
-    contents = {MODEL_FILE: _read(folder, MODEL_FILE, most_bytes=external.MOST_BYTES)}
-    _read_weights(folder, contents)
-    if not os.path.lexists(folder / PASSPORT_FILE):  # a link to nothing is no plain model's
+    contents = {MODEL_FILE: _read(folder, MODEL_FILE, external.MOST_BYTES, wanted=_wanted(MODEL_FILE, tried))}
+    _read_weights(folder, contents, tried)
+    if not os.path.lexists(folder / PASSPORT_FILE) and PASSPORT_FILE not in (tried or ()):  # a link to nothing is none
         _check_plain(folder)
         return Bundle(name=name, version=version, folder=folder, contents=contents, passport=None)
+    passport_bytes = _read(folder, PASSPORT_FILE, LONGEST_PASSPORT_BYTES, wanted=_wanted(PASSPORT_FILE, tried))
     try:
-        passport = Passport.model_validate_json(_read(folder, PASSPORT_FILE, most_bytes=LONGEST_PASSPORT_BYTES))
+        passport = Passport.model_validate_json(passport_bytes)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
         raise AdmissionRefused("digest", f"{PASSPORT_FILE} is not a passport: {where}: {first['msg']}") from error
     for path in passport.files:
         if path not in contents:
-            contents[path] = _read(folder, path)
-    return Bundle(name=name, version=version, folder=folder, contents=contents, passport=passport)
+            contents[path] = _read(folder, path, wanted=_wanted(path, tried))
+    return Bundle(
+        name=name, version=version, folder=folder, contents=contents, passport=passport, passport_bytes=passport_bytes
+    )
 
 
 def _check_plain(folder: Path) -> None:
@@ -213,16 +230,24 @@ def _check_plain(folder: Path) -> None:
             )
 
 
-def read_plain(file: Path) -> Bundle:
-    """A plain ONNX file as a bundle without a passport, version 1, named after the file."""
-    contents = {MODEL_FILE: _read(file.parent, file.name, most_bytes=external.MOST_BYTES)}
-    _read_weights(file.parent, contents)
+def read_plain(file: Path, *, tried: Digests | None = None) -> Bundle:
+    """A plain ONNX file as a bundle without a passport, version 1, named after the file; `tried` as of `read`."""
+    contents = {MODEL_FILE: _read(file.parent, file.name, external.MOST_BYTES, wanted=_wanted(MODEL_FILE, tried))}
+    _read_weights(file.parent, contents, tried)
     return Bundle(name=plain_name(file), version="1", folder=file.parent, contents=contents, passport=None)
 
 
-def _read_weights(folder: Path, contents: dict[str, bytes]) -> None:
+def _read_weights(folder: Path, contents: dict[str, bytes], tried: Digests | None) -> None:
     for path in external.locations(_parsed(contents[MODEL_FILE])):
-        contents[path] = _read(folder, path)
+        contents[path] = _read(folder, path, wanted=_wanted(path, tried))
+
+
+def _wanted(path: str, tried: Digests | None) -> str | None:
+    return None if tried is None else tried.get(path, "")
+
+
+def _digest(content: bytes) -> str:
+    return f"{len(content)}:{hashlib.sha256(content).hexdigest()}"
 
 
 def _parsed(content: bytes) -> onnx.ModelProto:
@@ -242,7 +267,7 @@ def _golden(path: str, content: bytes) -> NDArray[Any]:
         raise AdmissionRefused("golden", f"'{path}' is not a tensor with a batch axis: {first_line(error)}") from error
 
 
-def _read(folder: Path, path: str, *, most_bytes: int | None = None) -> bytes:
+def _read(folder: Path, path: str, most_bytes: int | None = None, *, wanted: str | None = None) -> bytes:
     """The bytes of a plain file inside a folder.
 
     It is opened first and looked at then, so that nobody can put another in its place between the two; and without
@@ -250,7 +275,11 @@ def _read(folder: Path, path: str, *, most_bytes: int | None = None) -> bytes:
 
     Args:
         most_bytes: None is what the machine's memory holds.
+        wanted: the digest that it must have; None: any.
     """
+    changed = AdmissionRefused(
+        "digest", f"'{path}' is not what was tried: its files change while they are read; load it again"
+    )
     try:
         handle = os.open(folder / path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
@@ -266,12 +295,17 @@ def _read(folder: Path, path: str, *, most_bytes: int | None = None) -> bytes:
         most_bytes = machine_memory_bytes() if most_bytes is None else most_bytes
         if found.st_size > most_bytes:
             raise AdmissionRefused("structure", f"'{path}' has {found.st_size} bytes; at most {most_bytes} are read")
+        if wanted is not None and not wanted.startswith(f"{found.st_size}:"):
+            raise changed
         with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read(found.st_size)
+            content = file.read(found.st_size)
     except OSError as error:
         raise AdmissionRefused("digest", f"'{path}' cannot be read: {error.strerror}") from error
     finally:
         os.close(handle)
+    if wanted is not None and _digest(content) != wanted:
+        raise changed
+    return content
 
 
 def _check_inside(folder: Path, path: str) -> os.stat_result | None:

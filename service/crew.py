@@ -13,6 +13,7 @@ from service.policy import refusal
 from service.readings import Reading, joined
 from service.repository import Repository
 from service.statistics import Document, summed
+from service.turns import Turns
 
 
 class Crew(Protocol):
@@ -65,12 +66,12 @@ class Alone:
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        self._changing = asyncio.Lock()
+        self._turns = Turns()
         self._loads = Loads()
         self._loads.begin(repository.entries)
 
     async def load(self, model: str, versions: Collection[str] | None = None) -> None:
-        async with self._changing:
+        async with self._turns.load(model):
             entries = await asyncio.to_thread(self._repository.admit, model, versions)
             self._repository.swap(model, entries)
         refused = refusal(entries, versions)
@@ -79,7 +80,7 @@ class Alone:
             raise refused
 
     async def move_alias(self, model: str, alias: str, version: str | None) -> bool:
-        async with self._changing:
+        async with self._turns.changing:
             self._repository.set_aliases(
                 model,
                 aliases.changed(
@@ -93,7 +94,7 @@ class Alone:
             return await asyncio.to_thread(self._repository.keep_aliases, model)
 
     async def unload(self, model: str) -> None:
-        async with self._changing:
+        async with self._turns.unload(model):
             self._repository.unload(model)
 
     async def statistics(self) -> list[Document]:

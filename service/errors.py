@@ -54,6 +54,8 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import ClassVar, Final
 
+STOPPING = "the service is being stopped"
+
 
 class EvalmodeError(Exception):
     """The root: its text is a sentence for a person, never a traceback."""

@@ -7,9 +7,9 @@ Rule 2: in a turn of the loop, as many connections are taken as there are. If it
         the more, the more it has already, so that a thousand take some twenty turns and not some hundreds.
 Rule 3: nothing that was accepted is lost when the process ends. After SIGTERM it is not ready, but answers all that
         comes for a while, until those who send it have noticed; each answer closes its connection. Then nobody is let
-        in any more, what is there is answered, and the process ends. Ctrl-C goes without the while, also during it; a
-        second SIGTERM changes nothing, since systemd sends one to each process and the supervisor another to each
-        worker.
+        in any more, what is there is answered, and the process ends. What is being admitted is given up at the signal.
+        Ctrl-C goes without the while, also during it; a second SIGTERM changes nothing, since systemd sends one to each
+        process and the supervisor another to each worker.
         It ends also if the engine never comes back: a thread cannot be stopped, but it can be left behind.
 Rule 4: silence keeps nobody out: where all places are taken, who is idle goes, and first who would go first anyhow.
 Rule 5: over TLS, who does not complete the handshake in time, or speaks something else, is let go of, and nobody waits.
@@ -152,7 +152,7 @@ class Server(uvicorn.Server):
     async def main_loop(self) -> None:
         while not self.should_exit:
             await self._signal_within(TICK_S)
-        self._app.readiness.ending = True
+        self._app.readiness.end()
         loop = asyncio.get_running_loop()
         end_s = loop.time() + (self._shutdown_delay_s if self._terminated else 0.0)
         while not self._interrupted and (left_s := end_s - loop.time()) > 0:

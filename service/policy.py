@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, final
+from typing import Protocol, TypeVar, final
 
 from service.errors import LoadRefused
-from service.places import NAME_PATTERN
+from service.places import NAME_PATTERN, version_order
 
 LATEST = "latest"
+
+TORN = "not admitted: its files change while they are read; load it again"
+"""Why a version is refused that is another one each time it is looked at."""
 
 
 @final
@@ -129,3 +132,18 @@ def refusal(found: Sequence[Judged], versions: Collection[str] | None) -> LoadRe
     first, *more = refused
     also = "".join(f"; version {one.version} was {one.reason}" for one in more)
     return LoadRefused(model=first.name, version=first.version, reason=first.reason + also)
+
+
+LookedAt = TypeVar("LookedAt", bound=Judged)
+
+
+def settled(before: Sequence[LookedAt], new: Sequence[LookedAt], held: Collection[str]) -> tuple[LookedAt, ...]:
+    """What a model is from now on: `new`; or where nothing of that is ready, it goes on as it was.
+
+    Args:
+        held: versions that an alias names, by now: one that is ready goes on, also if none named it when `new` was
+            looked for.
+    """
+    now = {one.version for one in new if one.ready}
+    stays = [one for one in before if one.ready and (not now or (one.version in held and one.version not in now))]
+    return tuple(sorted([*new, *stays], key=lambda one: version_order(one.version), reverse=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import final
 
-from service.errors import NotReady
+from service.errors import STOPPING, NotReady
 from service.repository import Repository
 
 
@@ -17,6 +17,11 @@ class Readiness:
         self._repository = repository
         self.ending = False
         """It is about to end: what comes is still answered, but should go elsewhere."""
+
+    def end(self) -> None:
+        """From now on it is about to end."""
+        self.ending = True
+        self._repository.stop_admitting()
 
     async def check(self) -> None:
         """
@@ -42,4 +47,4 @@ class Readiness:
 
     def _check_stays(self) -> None:
         if self.ending:
-            raise NotReady("the service is being stopped")
+            raise NotReady(STOPPING)

@@ -25,7 +25,7 @@ from service import aliases as aliasing
 from service import bundle as bundles
 from service.admission import Admitted, admit
 from service.aliases import STABLE, Aliases
-from service.bundle import Bundle
+from service.bundle import Bundle, Digests
 from service.canary import Canary
 from service.coalescing import Coalescer
 from service.counts import Counts
@@ -43,13 +43,13 @@ from service.errors import (
 from service.limits import GRACE_S, SHARE, bounded_memory, bounded_time, free_memory_bytes
 from service.memory import give_back_soon
 from service.places import Found, Misplaced, find, misplaced, version_order
-from service.policy import Rule, parse
+from service.policy import TORN, Rule, parse, settled
 from service.rehearsal import Batching, rehearse
 from service.runtime import Deadline, Placement
 from service.settings import Settings
 from service.signature import SampleReader
 from service.statistics import Statistics
-from service.trial import tried
+from service.trial import Trials, Tried
 
 UNLOADED = "unloaded by request"
 """The reason why a version is not served that nobody refused."""
@@ -117,6 +117,7 @@ class Repository:
         """Those that still have requests to answer, and hold themselves for no longer."""
         self._loading: dict[str, tuple[str, ...]] = {}
         """Versions that `admit` has begun with, by model, until they are swapped in or given up."""
+        self._trials = Trials()
         self.counts = Counts()
         """Of all that this process serves and has served."""
         for name, of_one in groupby(sorted(entries, key=lambda entry: entry.name), lambda entry: entry.name):
@@ -140,7 +141,9 @@ class Repository:
         """What `admit` made of a model is not going to be served."""
         self._loading.pop(name, None)
 
-    def admit(self, name: str, versions: Collection[str] | None = None) -> tuple[Entry, ...]:
+    def admit(
+        self, name: str, versions: Collection[str] | None = None, decided: Mapping[str, Tried] | None = None
+    ) -> tuple[Entry, ...]:
         """Look at a model's folder again and admit what is to be live; nothing that is served changes.
 
         Until `swap` or `give_up` follows, the index says that it is being loaded.
@@ -150,9 +153,12 @@ class Repository:
         Args:
             versions: what changed in the folder. Nothing else is read, what was refused stays so, and an unloaded
                 model too. None: somebody asked, so the newest is admitted anew, and whatever was refused or changed.
+            decided: what another process that serves made of them, by version: nothing is tried again, and no other
+                bytes are loaded. None: this one is the first to look.
 
         Raises:
             UnknownModel: nothing of that name is there.
+            NotReady: `stop_admitting` was called.
         """
         asked = versions is None
         before = self._entries.get(name, ())
@@ -178,13 +184,13 @@ class Repository:
                 return [_serving(live, GONE) if live is not None else _missing(name, version)]
             if not asked and version not in versions:  # type: ignore[operator]  # asked is None
                 if known is None and live is None:  # it is wanted only now
-                    return [self._load(found, passports)]
+                    return [self._load(found, passports, decided)]
                 return [*filter(None, [known]), *map(_serving, filter(None, [live]))]
             if live is None:
-                return [self._load(found, passports)]
+                return [self._load(found, passports, decided)]
             if not (asked and version == newest) and _has_same_bytes(found, live):
                 return [_serving(live)]
-            anew = self._load(found, passports)
+            anew = self._load(found, passports, decided)
             return [anew] if anew.ready else [anew, _serving(live)]
 
         kept = [version for version in serving if not asked or version in held]
@@ -194,16 +200,19 @@ class Repository:
             self.give_up(name)
             raise
 
+    def stop_admitting(self) -> None:
+        """The service ends: an admission that is under way is given up, and none begins any more."""
+        self._trials.end()
+
     def swap(self, name: str, entries: tuple[Entry, ...]) -> list[str]:
-        """From now on a model is what was found of it; where nothing of that was admitted, it goes on as it was.
+        """From now on a model is what was found of it, as `settled` says.
 
         Returns:
             The versions that go on as they were.
         """
         self._loading.pop(name, None)
         before = self._entries.get(name, ())
-        if not any(entry.ready for entry in entries):
-            entries = (*entries, *(entry for entry in before if entry.ready))
+        entries = settled(before, entries, self._aliases.get(name, {}).values())
         for entry in entries:
             if entry.live is not None:
                 entry.live.statistics.counts = self.counts.of(name, entry.version)
@@ -338,11 +347,19 @@ class Repository:
             )
         return UnknownVersion(model=name, version=alias, serving=self.versions(name))
 
-    def _load(self, found: Found, passports: Collection[str]) -> Entry:
+    def _load(self, found: Found, passports: Collection[str], decided: Mapping[str, Tried] | None) -> Entry:
+        """Only the bytes that another process came back from: this one serves."""
         self._loading[found.name] = (*self._loading.get(found.name, ()), found.version)
         _log.info("%s/%s is being loaded beside what is served", found.name, found.version)
         start_s = time.monotonic()
-        entry = _load_tried(found, self._placement, self._settings, passports)
+        if decided is None:
+            there = self._trials.tried(found.path, found.name, found.version, self._placement, self._settings)
+        else:
+            there = decided.get(found.version, Tried(reason=TORN))
+        if there.reason:
+            entry = Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=there.reason)
+        else:
+            entry = _load(found, self._placement, self._settings, passports, digests=there.digests)
         became = "admitted" if entry.ready else "refused"
         _log.info("%s/%s was %s after %.1f s", found.name, found.version, became, time.monotonic() - start_s)
         return entry
@@ -457,15 +474,16 @@ def _missing(name: str, version: str) -> Entry:
 
 def _has_same_bytes(found: Found, live: Live) -> bool:
     try:
-        return _read(found).contents == live.admitted.bundle.contents
+        _read(found, live.admitted.bundle.digests)
     except AdmissionRefused:
         return False
+    return True
 
 
-def _read(found: Found) -> Bundle:
+def _read(found: Found, tried: Digests | None) -> Bundle:
     if found.path.is_file():
-        return bundles.read_plain(found.path)
-    return bundles.read(found.path, name=found.name, version=found.version)
+        return bundles.read_plain(found.path, tried=tried)
+    return bundles.read(found.path, name=found.name, version=found.version, tried=tried)
 
 
 def _with_passport(there: Iterable[Found]) -> set[str]:
@@ -491,13 +509,6 @@ def _check_passport(bundle: Bundle, passports: Collection[str]) -> None:
         )
 
 
-def _load_tried(found: Found, placement: Placement, settings: Settings, passports: Collection[str]) -> Entry:
-    """`_load` for a process that already serves: only what another process came back from."""
-    if reason := tried(found.path, found.name, found.version, placement, settings):
-        return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
-    return _load(found, placement, settings, passports, memory_bytes=None)
-
-
 def load_bounded(found: Found, placement: Placement, settings: Settings, passports: Collection[str] = ()) -> Entry:
     """`_load` for a process that serves nothing yet: it may take most of the memory that is free, and no more.
 
@@ -517,13 +528,25 @@ def load_bounded(found: Found, placement: Placement, settings: Settings, passpor
 
 
 def _load(
-    found: Found, placement: Placement, settings: Settings, passports: Collection[str], *, memory_bytes: int | None
+    found: Found,
+    placement: Placement,
+    settings: Settings,
+    passports: Collection[str],
+    *,
+    memory_bytes: int | None = None,
+    digests: Digests | None = None,
 ) -> Entry:
+    """Admit a version, and make what serves it.
+
+    Args:
+        memory_bytes: the most that it may take; None: any amount.
+        digests: of what it must consist; None: whatever is there.
+    """
     deadline = Deadline()
     memory = nullcontext() if memory_bytes is None else bounded_memory(memory_bytes)
     try:
         with bounded_time(settings.admission_limit_s, deadline.end), memory:
-            bundle = _read(found)
+            bundle = _read(found, digests)
             _check_passport(bundle, passports)
             admitted = admit(
                 bundle,
@@ -533,6 +556,7 @@ def _load(
                 deadline=deadline,
             )
             batching = rehearse(admitted, settings.numerics)
+            deadline.lift()  # or it would pass while this serves
     except AdmissionRefused as refusal:
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=str(refusal))
     except MemoryError:

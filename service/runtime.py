@@ -7,6 +7,7 @@ same optimised graph, the same threads; admission tests exactly this object.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,11 +163,34 @@ class Deadline:
     def __init__(self) -> None:
         self.options = onnxruntime.RunOptions()
         self.passed = False
+        self._lifted = False
+        self._lock = threading.Lock()
 
     def end(self) -> None:
-        """It passes now; from any thread."""
-        self.passed = True
-        self.options.terminate = True
+        """It passes now, unless it was lifted; from any thread."""
+        with self._lock:
+            self.passed = not self._lifted
+            self.options.terminate = self.passed
+
+    def lift(self) -> None:
+        """It never passes from now on: what was to be done is done.
+
+        Raises:
+            AdmissionRefused: it has passed.
+        """
+        with self._lock:
+            self._lifted = True
+        self.check()
+
+    def check(self) -> None:
+        """
+        Raises:
+            AdmissionRefused: it has passed.
+        """
+        if self.passed:
+            raise AdmissionRefused(
+                "structure", "it did not come to an end; where it only takes long, raise EVALMODE_ADMISSION_LIMIT_S"
+            )
 
 
 @final
@@ -236,10 +260,7 @@ class OnnxRuntime:
                 self._output_names, dict(zip(self._input_names, tensors, strict=True)), self._deadline.options
             )
         except (InvalidArgument, Fail, RuntimeException) as error:
-            if self._deadline.passed:
-                raise AdmissionRefused(
-                    "structure", "it did not come to an end; where it only takes long, raise EVALMODE_ADMISSION_LIMIT_S"
-                ) from error
+            self._deadline.check()
             if "memory" in str(error):  # of the machine, or of the GPU
                 raise
             raise RowsRejected(first_line(error)) from error

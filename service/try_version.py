@@ -1,4 +1,4 @@
-"""The process that tries a version: what to try on standard input, why it cannot be served on standard output.
+"""The process that tries a version: what to try on standard input, `Tried` on standard output.
 
 Rule 1: nothing else comes on standard output: what the engine prints there goes to the log.
 Rule 2: it ends with the process that asked, where the system can say so (Linux).
@@ -11,12 +11,14 @@ import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from service.places import Found
 from service.repository import load_bounded
 from service.runtime import Placement
 from service.settings import Settings
+from service.trial import Tried
 
 PR_SET_PDEATHSIG = 1
 
@@ -36,5 +38,6 @@ if __name__ == "__main__":
     end_with(facts["parent"])
     found = Found(name=facts["name"], version=facts["version"], path=Path(facts["path"]))
     entry = load_bounded(found, Placement(**facts["placement"]), Settings(**facts["settings"]))
+    digests = {} if entry.live is None else entry.live.admitted.bundle.digests
     with answer:
-        json.dump(entry.reason, answer)
+        json.dump(asdict(Tried(reason=entry.reason, digests=digests)), answer)

@@ -1,9 +1,11 @@
 """Keeps several workers in step: they serve the same models, and count together.
 
 Rule 1: the first worker decides what is served. Every other, also one that takes a dead one's place, loads the same
-    bytes before it listens; what was changed meanwhile it loads anew.
-Rule 2: models change one at a time, in two steps: all admit, then all settle on the same verdicts. A worker that dies
-    between the two is replaced by one that is told what was settled.
+    bytes before it listens; what was changed meanwhile it loads anew. Where nobody serves any more and nobody can load
+    the same, the next one decides as the first did.
+Rule 2: models are loaded one at a time, in two steps: all admit, then all settle on the same verdicts. One of them
+    admits first and has each version tried; the others load what that one loaded. A worker that dies between the two
+    steps is replaced by one that is told what was settled.
 Rule 3: who asks gets the answer when all have done it.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from itertools import groupby
 from typing import Any, final
 
@@ -18,15 +21,19 @@ from service.aliases import Aliases, changed
 from service.counts import Loads
 from service.errors import EvalmodeError, NotReady, UnknownModel
 from service.meters import process_reading
-from service.policy import refusal
+from service.policy import refusal, settled
 from service.readings import Reading, joined
 from service.statistics import Document
+from service.turns import Turns
 from service.workers.channel import Channel, Facts, Gone
 from service.workers.tally import ReadingTally, Tally
-from service.workers.verdicts import Verdict, joint, settled
+from service.workers.verdicts import Verdict, joint
 
 STATISTICS_LIMIT_S = 2.0
 """A worker that does not answer in this time counts as last heard."""
+
+
+NOBODY_LEFT = "the workers died; others take their place, so send it again"
 
 
 @final
@@ -40,8 +47,8 @@ class Conductor:
         self._verdicts: dict[str, tuple[Verdict, ...]] = {}
         """What is served, by model; empty until the first worker has decided."""
         self._aliases: dict[str, Aliases] = {}
-        self._changing = asyncio.Lock()
-        """Held while what is served changes, and while a worker begins to serve it."""
+        self._turns = Turns()
+        """Also of a worker that begins to serve: what is admitted meanwhile, it would not have."""
         self._changes = 0
         self._tally = Tally()
         self._readings = ReadingTally()
@@ -72,13 +79,13 @@ class Conductor:
             EvalmodeError: it cannot serve that.
             Gone: it died.
         """
-        if not first:
-            await self._decided.wait()
         while True:
-            wanted = (self._all_verdicts(), {**self._aliases}) if self.decided else (None, None)
+            if not first:
+                await self._decided.wait()
+            wanted = self._wanted()
             said: Facts = await worker.ask("prepare", verdicts=wanted[0], aliases=wanted[1], **facts)
-            async with self._changing:
-                if wanted[0] is not None and wanted != (self._all_verdicts(), self._aliases):
+            async with self._turns.loading, self._turns.changing:
+                if wanted != self._wanted():
                     continue
                 await worker.ask("listen")
                 self.workers.add(worker)
@@ -89,6 +96,13 @@ class Conductor:
                     self._aliases = said["aliases"]
                     self._decided.set()
                 return said
+
+    def begin_anew(self) -> None:
+        """Nobody serves, and nobody can serve what was served: the next worker that joins as the first decides."""
+        self._decided.clear()
+        for model in self._verdicts:
+            self._forget_counts(model)
+        self._verdicts, self._aliases = {}, {}
 
     def leave(self, worker: Channel) -> None:
         """A worker serves no more; what it counted stays counted."""
@@ -116,23 +130,34 @@ class Conductor:
     async def load(self, model: str, versions: Collection[str] | None = None) -> None:
         """As a `Crew` does it."""
         asked = None if versions is None else sorted(versions)
-        async with self._changing:
+        async with self._turns.load(model):
             try:
-                found = await self._ask_all("admit", model=model, versions=asked)
+                found = await self._admitted(model, asked)
             except EvalmodeError:
                 await self._ask_all("settle", model=model, verdicts=None)
                 raise
-            new = joint([[Verdict(**verdict) for verdict in verdicts] for verdicts in found])
-            kept = await self._ask_all("settle", model=model, verdicts=new)
-            self._verdicts[model] = settled(self._verdicts.get(model, ()), new)
-            self._forget_counts(model, set(kept[0]).intersection(*kept))
+            new = joint(found)
+            async with self._turns.changing:
+                kept = await self._ask_all("settle", model=model, verdicts=new)
+                held = self._aliases.get(model, {}).values()
+                self._verdicts[model] = settled(self._verdicts.get(model, ()), new, held)
+                self._forget_counts(model, set(kept[0]).intersection(*kept))
         refused = refusal(new, versions)
         self._loads.add(model, ready=refused is None)
         if refused:
             raise refused
 
+    async def _admitted(self, model: str, versions: Collection[str] | None) -> list[list[Verdict]]:
+        """What each worker made of a model: its trial may take most of the memory that is free, so there is one."""
+        for first in [*self.workers]:
+            with suppress(Gone):
+                decided = await first.ask("admit", model=model, versions=versions, decided=None)
+                others = await self._ask_all("admit", but=first, model=model, versions=versions, decided=decided)
+                return [[Verdict(**verdict) for verdict in verdicts] for verdicts in (decided, *others)]
+        raise NotReady(NOBODY_LEFT)
+
     async def _move_alias(self, model: str, alias: str, version: str | None) -> bool:
-        async with self._changing:
+        async with self._turns.changing:
             if not self._verdicts.get(model):
                 raise UnknownModel(model=model, models=sorted(self._verdicts))
             live = [verdict.version for verdict in reversed(self._verdicts[model]) if verdict.ready]
@@ -141,7 +166,7 @@ class Conductor:
             return all(await self._ask_all("take_aliases", model=model, aliases=after))
 
     async def _unload(self, model: str) -> None:
-        async with self._changing:
+        async with self._turns.unload(model):
             verdicts = (await self._ask_all("unload", model=model))[0]
             self._verdicts[model] = tuple(Verdict(**verdict) for verdict in verdicts)
             self._forget_counts(model)
@@ -176,25 +201,31 @@ class Conductor:
         self._changes += 1
         self._tally.forget(model, kept)
 
-    async def _ask_all(self, question: str, **facts: object) -> list[Any]:
+    async def _ask_all(self, question: str, *, but: Channel | None = None, **facts: object) -> list[Any]:
         """The answers of all who serve; one that died meanwhile has none, and is replaced.
+
+        Args:
+            but: has answered already.
 
         Raises:
             EvalmodeError: the first refusal, after all have answered.
             NotReady: nobody is left.
         """
-        asked = [worker.ask(question, **facts) for worker in self.workers]
+        asked = [worker.ask(question, **facts) for worker in self.workers if worker is not but]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, Gone):
                 raise answer
         answers = [answer for answer in answers if not isinstance(answer, Gone)]
-        if not answers:
-            raise NotReady("the workers died; others take their place, so send it again")
+        if not answers and but is None:
+            raise NotReady(NOBODY_LEFT)
         return answers
 
-    def _all_verdicts(self) -> list[Verdict]:
-        return [verdict for name in sorted(self._verdicts) for verdict in self._verdicts[name]]
+    def _wanted(self) -> tuple[list[Verdict] | None, dict[str, Aliases] | None]:
+        """What a worker is to serve, and its aliases; None: it decides."""
+        if not self.decided:
+            return None, None
+        return [verdict for name in sorted(self._verdicts) for verdict in self._verdicts[name]], {**self._aliases}
 
 
 def _by_model(verdicts: Iterable[Verdict]) -> dict[str, tuple[Verdict, ...]]:

@@ -3,7 +3,8 @@
 Rule 1: it never serves and never loads a model; it holds the socket, so that connections wait, not fail.
 Rule 2: a worker that ends is replaced, and so is one that hangs, with growing pauses where that does not help; when
     none at all can be started, the supervisor says why and ends. Nobody listens who cannot serve all that the others
-    do: that is tried again and again until it can, and the others go on meanwhile.
+    do: that is tried again and again until it can, and the others go on meanwhile. When there are no others any more,
+    it is decided anew what is served, from what is there, as after a restart: one spoiled model ends no other.
 Rule 3: beside those that serve, a spare waits that has imported what a worker needs, and knows no model: so a dead one
     is replaced in a third of the time of a start. Another spare is begun when all serve again.
 Rule 4: workers have sessions of their own, so a signal reaches them only through the supervisor; when that is gone,
@@ -64,6 +65,10 @@ class Supervisor:
         self._workers: set[Process] = set()
         self._spare: asyncio.Task[Process] | None = None
         self._announced = False
+        self._failures = [0] * settings.workers
+        """In a row, by place."""
+        self._decides = 0
+        """The place of the worker that says what is served, while nobody has said it."""
         self._stop_signal = signal.SIGTERM
         """What workers are stopped with: they take their time for SIGTERM."""
         self._stopping = False
@@ -90,7 +95,7 @@ class Supervisor:
             asyncio.get_running_loop().add_signal_handler(signum, end, signum)
         stopped = asyncio.create_task(stop.wait())
         watching = asyncio.create_task(self._watch())
-        kept = [asyncio.create_task(self._keep(first=i == 0)) for i in range(self._settings.workers)]
+        kept = [asyncio.create_task(self._keep(place)) for place in range(self._settings.workers)]
         done, _ = await asyncio.wait([stopped, *kept], return_when=asyncio.FIRST_COMPLETED)
         self._listening.close()  # who comes now is refused at once
         tasks = [stopped, watching, *kept]
@@ -112,17 +117,17 @@ class Supervisor:
         await self._conductor.decision()
         await watcher.run(self._conductor.load)
 
-    async def _keep(self, *, first: bool) -> None:
-        """Start a worker, and another one whenever it ends.
+    async def _keep(self, place: int) -> None:
+        """Start a worker at this place, and another one whenever it ends.
 
         Raises:
             EvalmodeError: the first worker's answer is no, or none can be started.
         """
-        failures = 0
         while True:
-            served_s, why = await self._one(first=first)
-            failures = 0 if served_s > STEADY_S else failures + 1
-            if failures >= HOPELESS and not served_s and not self._conductor.workers:
+            served_s, why = await self._one(place)
+            failures = self._failures[place] = 0 if served_s > STEADY_S else self._failures[place] + 1
+            its_turn = self._conductor.decided or place == self._decides
+            if failures >= HOPELESS and its_turn and not served_s and not self._conductor.workers:
                 raise Refused(f"no worker can be started: {failures} in a row failed, and the last one {why}")
             self._conductor.restarts += 1
             _log.log(
@@ -135,7 +140,18 @@ class Supervisor:
             )
             await asyncio.sleep(pause_s(failures))
 
-    async def _one(self, *, first: bool) -> tuple[float, str]:
+    def _begin_anew(self, place: int, error: EvalmodeError) -> None:
+        self._decides = place
+        self._failures[place] = 0
+        self._conductor.begin_anew()
+        _log.critical(
+            "no worker serves any more, and none can serve what was served: %s; what is in '%s' now decides what is "
+            "served, as after a restart: models that were unloaded are loaded again, and what is refused is not served",
+            error,
+            self._path,
+        )
+
+    async def _one(self, place: int) -> tuple[float, str]:
         """Run a worker to its end; how long it served, and why it ended."""
         try:
             worker = await self._taken()
@@ -145,7 +161,7 @@ class Supervisor:
         why = ""
         watched = asyncio.create_task(self._watched(worker))
         try:
-            said = await self._conductor.join(worker.channel, first=first, **self._facts)
+            said = await self._conductor.join(worker.channel, first=place == self._decides, **self._facts)
             serves_from_s = time.monotonic()
             worker.loading = ""
             self._complete(said["announcement"])
@@ -153,8 +169,10 @@ class Supervisor:
         except Gone:
             why = await watched
         except EvalmodeError as error:
-            if not self._conductor.decided:
+            if not self._conductor.decided and place == self._decides:
                 raise
+            if self._conductor.decided and not self._conductor.workers:
+                self._begin_anew(place, error)
             why = f"cannot serve: {error}"
         finally:
             watched.cancel()

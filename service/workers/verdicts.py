@@ -7,13 +7,12 @@ Rule 3: nothing here reads files or knows an engine; a verdict crosses between p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, final
 
 from service.places import version_order
-
-TORN = "not admitted: its files changed while the workers read them; load it again"
+from service.policy import TORN
 
 
 @final
@@ -25,8 +24,8 @@ class Verdict:
     version: str
     state: Literal["READY", "UNAVAILABLE"]
     reason: str = ""
-    digest: str = ""
-    """Of all its files, where it is ready."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Of all its files, by path inside, where it is ready."""
 
     @property
     def ready(self) -> bool:
@@ -46,16 +45,9 @@ def joint(found: Sequence[Sequence[Verdict]]) -> tuple[Verdict, ...]:
     if refused:
         return tuple(sorted(refused.values(), key=lambda verdict: version_order(verdict.version), reverse=True))
     newest = next(verdict for verdicts in found for verdict in verdicts)
-    return (replace(newest, state="UNAVAILABLE", reason=TORN, digest=""),)
+    return (replace(newest, state="UNAVAILABLE", reason=TORN, digests={}),)
 
 
-def _essence(verdicts: Sequence[Verdict]) -> list[tuple[str, str, str]]:
+def _essence(verdicts: Sequence[Verdict]) -> list[tuple[str, str, Mapping[str, str]]]:
     """All but the reason, which may have a figure that is measured anew each time."""
-    return [(verdict.version, verdict.state, verdict.digest) for verdict in verdicts]
-
-
-def settled(before: Sequence[Verdict], new: Sequence[Verdict]) -> tuple[Verdict, ...]:
-    """What a model is after `new`: where nothing of that is ready, it goes on as it was. `Repository.swap` does so."""
-    if any(verdict.ready for verdict in new):
-        return tuple(new)
-    return (*new, *(verdict for verdict in before if verdict.ready))
+    return [(verdict.version, verdict.state, verdict.digests) for verdict in verdicts]

@@ -3,7 +3,8 @@
 Rule 1: it does what the supervisor asks, in this order: `prepare`, `listen`; from then on `admit` and `settle`,
     `take_aliases`, `unload`, `statistics`, `reading`, `ping`. It serves nothing before `listen`, so whoever answers is
     ready.
-Rule 2: `admit` changes nothing that is served; `settle` cannot fail. So several workers can do both or neither.
+Rule 2: `admit` changes nothing that is served; `settle` cannot fail. So several workers can do both or neither. What
+    another has admitted is not tried again, and nothing else is loaded.
 Rule 3: when the supervisor is gone, it stops.
 Rule 4: the supervisor knows what is being loaded before it is: a model may end the process, which then says nothing.
 """
@@ -11,7 +12,6 @@ Rule 4: the supervisor knows what is being loaded before it is: a model may end 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import signal
 import socket
@@ -23,8 +23,7 @@ from typing import Any, final
 from service import logs
 from service.aliases import Aliases
 from service.app import create_app
-from service.bundle import Bundle
-from service.errors import NotReady, Refused
+from service.errors import STOPPING, NotReady, Refused
 from service.http_server import SHARED_TAKES_AT_ONCE, Server
 from service.loading import loaded, placed
 from service.meters import reading_of
@@ -35,6 +34,7 @@ from service.repository import Entry, Repository, load_these
 from service.settings import Settings
 from service.statistics import Document
 from service.tls import tls_of
+from service.trial import Tried
 from service.workers.channel import Channel, Facts, Gone
 from service.workers.verdicts import Verdict
 
@@ -70,7 +70,7 @@ class Worker:
                 await self._listen()
                 return None
             case "admit":
-                return await asyncio.to_thread(self._admit, facts["model"], facts["versions"])
+                return await asyncio.to_thread(self._admit, facts["model"], facts["versions"], facts["decided"])
             case "settle":
                 return self._settle(facts["model"], facts["verdicts"])
             case "take_aliases":
@@ -128,11 +128,12 @@ class Worker:
             listening.cancel()
             raise Refused("the server ended before it listened; the log says why")
 
-    def _admit(self, model: str, versions: Collection[str] | None) -> list[Verdict]:
+    def _admit(self, model: str, versions: Collection[str] | None, decided: Sequence[Facts] | None) -> list[Verdict]:
         """May take long, so it is called in a thread; the supervisor has one model admitted at a time."""
+        known = None if decided is None else _tried([Verdict(**verdict) for verdict in decided])
         self._begin(f"model '{model}'")
         try:
-            self._candidates[model] = self._repository.admit(model, versions)
+            self._candidates[model] = self._repository.admit(model, versions, known)
         finally:
             self._begin("")
         return _verdicts(self._candidates[model])
@@ -182,7 +183,7 @@ class OneOfSeveral:
         try:
             return await self._supervisor.ask(question, **facts)
         except Gone as gone:
-            raise NotReady("the service is being stopped") from gone
+            raise NotReady(STOPPING) from gone
 
 
 def _loaded_as(
@@ -211,7 +212,7 @@ def _loaded_as(
                 f"version {verdict.version} of model '{verdict.name}' is gone from '{path}', and the other workers "
                 "serve it; put it back, or unload the model"
             )
-        if verdict.ready and entry is not None and _verdict(entry).digest != verdict.digest:
+        if verdict.ready and entry is not None and _verdict(entry).digests != verdict.digests:
             raise Refused(
                 f"version {verdict.version} of model '{verdict.name}' under '{path}' is not what the other workers "
                 "serve: its files were changed since; load it, or put back what was there"
@@ -220,23 +221,20 @@ def _loaded_as(
     return Repository(entries, path=path, placement=placement, settings=settings, aliases=aliases)
 
 
+def _tried(verdicts: Sequence[Verdict]) -> dict[str, Tried]:
+    """What another worker made of a model, by version: one that goes on although its files were refused is refused."""
+    ready = {it.version: Tried(digests=it.digests) for it in verdicts if it.ready}
+    return ready | {it.version: Tried(reason=it.reason) for it in verdicts if not it.ready}
+
+
 def _refused(verdict: Verdict) -> Entry:
     return Entry(name=verdict.name, version=verdict.version, state="UNAVAILABLE", reason=verdict.reason)
 
 
 def _verdict(entry: Entry) -> Verdict:
-    digest = "" if entry.live is None else _digest(entry.live.admitted.bundle)
-    return Verdict(name=entry.name, version=entry.version, state=entry.state, reason=entry.reason, digest=digest)
+    digests = {} if entry.live is None else entry.live.admitted.bundle.digests
+    return Verdict(name=entry.name, version=entry.version, state=entry.state, reason=entry.reason, digests=digests)
 
 
 def _verdicts(entries: Iterable[Entry]) -> list[Verdict]:
     return [_verdict(entry) for entry in entries]
-
-
-def _digest(bundle: Bundle) -> str:
-    """Of every file that was read."""
-    whole = hashlib.sha256()
-    for path, content in sorted(bundle.contents.items()):
-        whole.update(f"{path}\0{len(content)}\0".encode())
-        whole.update(content)
-    return whole.hexdigest()

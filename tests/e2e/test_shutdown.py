@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 from benchmarks.faults.faults import ended
 from tests.bundles import SAMPLE, write_table_bundle
 from tests.conftest import Serve
+from tests.e2e.test_workers import children, until
+from tests.service.hostile import a_loop_without_end
 
 pytestmark = pytest.mark.e2e
 
@@ -107,6 +110,46 @@ def test_ctrl_c_does_not_wait(serve: Serve, tmp_path: Path) -> None:
     start = time.monotonic()
     assert serving.stop() == 0
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_version_that_is_being_tried_is_given_up(serve: Serve, tmp_path: Path, workers: str) -> None:
+    """It would not be done for a minute; who had it loaded is told, and the process ends well."""
+    write_table_bundle(tmp_path, name="table")
+    flags = ("--workers", workers, "--shutdown-delay-s", "0", "--reload-s", "0", "--admission-limit-s", "60")
+    serving = serve(tmp_path, *flags)
+    endless = tmp_path / "table" / "2"
+    endless.mkdir()
+    (endless / "model.onnx").write_bytes(a_loop_without_end())
+    answers: list[httpx.Response] = []
+
+    def load() -> None:
+        answers.append(httpx.post(f"{serving.address}/v2/repository/models/table/load", timeout=60))
+
+    loading = threading.Thread(target=load)
+    loading.start()
+    until(lambda: any(map(is_trying, descendants(serving.process.pid))))
+    time.sleep(2)  # it has been read, and runs
+    assert loading.is_alive()
+    start = time.monotonic()
+    serving.process.send_signal(signal.SIGTERM)
+    said, _ = serving.process.communicate(timeout=40)
+    assert time.monotonic() - start < 8
+    loading.join(timeout=10)
+    assert (serving.process.returncode, "Traceback" in said) == (0, False), said
+    assert [answer.status_code for answer in answers] == [503]
+
+
+def descendants(pid: int) -> set[int]:
+    own = children(pid)
+    return own.union(*map(descendants, own))
+
+
+def is_trying(pid: int) -> bool:
+    try:
+        return b"service.try_version" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -290,6 +290,26 @@ def test_who_cannot_serve_all_that_the_others_do_does_not_listen(serve: Serve, m
     assert "evalmode_workers 2.0" in ask(serving, "GET", "/metrics").text
 
 
+def test_a_spoiled_version_does_not_end_the_other_models(serve: Serve, models: Path) -> None:
+    """All workers die while the files of one are spoiled: what is there is served again, and the log says it loudly."""
+    serving = serve(models, "--workers", "2", "--reload-s", "0")
+    with (models / "table" / "1" / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    for worker in children(serving.process.pid):
+        os.kill(worker, signal.SIGKILL)
+    assert serving.process.stdout is not None
+    said = ""
+    for line in serving.process.stdout:
+        said += line
+        if "rate/1  ready" in line:
+            break
+    assert "no worker serves any more, and none can serve what was served: version 1 of model 'table'" in said
+    statuses = [answer.status_code for answer in everywhere(serving, "POST", "/models/rate/predict", SAMPLE)]
+    assert set(statuses) == {200}
+    assert {answer.status_code for answer in everywhere(serving, "POST", PREDICT, SAMPLE)} == {503}
+    assert serving.stop() == 0
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_of_them_well(serve: Serve, models: Path, signum: signal.Signals) -> None:
     """Exit code 0, nobody left, no traceback."""

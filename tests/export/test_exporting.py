@@ -276,11 +276,11 @@ def test_what_was_written_is_what_is_admitted(tmp_path: Path, monkeypatch: pytes
     """The files are read back and led through the doors before they get their place: a bit that fell over is found."""
     read = bundle.read
 
-    def read_after_damage(folder: Path, **names: str) -> bundle.Bundle:
+    def read_after_damage(folder: Path, *, name: str, version: str) -> bundle.Bundle:
         content = bytearray((folder / "model.onnx").read_bytes())
         content[-1] ^= 1
         (folder / "model.onnx").write_bytes(content)
-        return read(folder, **names)
+        return read(folder, name=name, version=version)
 
     monkeypatch.setattr(bundle, "read", read_after_damage)
     with pytest.raises(AdmissionRefused):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,33 @@ def test_aliases_that_cannot_be_read_are_not_left_out(models: Path, content: byt
     (models / "table" / FILE).write_bytes(content)
     with pytest.raises(WrongCall, match=r"does not tell the aliases of model 'table': .* Repair it, or remove it"):
         served(models)
+
+
+def test_an_alias_is_moved_while_another_version_is_admitted(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not wait, and what it names goes on, though the admission began without knowing of it."""
+    repository = served(models)  # 2 and 3
+    write_table_bundle(models, name="table", version="4")
+    write_table_bundle(models, name="table", version="5")
+    admitting, moved = threading.Event(), threading.Event()
+    admit = repository.admit
+
+    def slow(*asked: Any) -> Any:
+        entries = admit(*asked)
+        admitting.set()
+        assert moved.wait(20)
+        return entries
+
+    monkeypatch.setattr(repository, "admit", slow)
+
+    async def scenario() -> None:
+        crew = Alone(repository)
+        loading = asyncio.create_task(crew.load("table"))
+        await asyncio.to_thread(admitting.wait, 20)
+        await asyncio.wait_for(crew.move_alias("table", "stable", "2"), 5)
+        assert repository.live("table").version == "2"
+        moved.set()
+        await loading
+
+    asyncio.run(scenario())
+    assert repository.versions("table") == ["2", "4", "5"]
+    assert answered_by(repository) == "2"

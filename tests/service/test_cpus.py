@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from service import cpus
+from service import groups as control_groups
 from service.cpus import usable_cpus
 
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with eight CPUs and no limits yet."""
-    monkeypatch.setattr(cpus, "GROUPS", tmp_path)
-    monkeypatch.setattr(cpus, "OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(control_groups, "GROUPS", tmp_path)
+    monkeypatch.setattr(control_groups, "OWN_GROUP", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     (tmp_path / "own").write_text("0::/\n")
     return tmp_path

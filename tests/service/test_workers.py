@@ -21,6 +21,7 @@ from service.app import create_app
 from service.asgi import Application
 from service.errors import EvalmodeError, Internal, LoadRefused, NotReady, Refused, UnknownModel, UnknownVersion
 from service.http_server import SHARED_TAKES_AT_ONCE, TAKES_AT_ONCE, Server
+from service.policy import TORN, settled
 from service.repository import Repository
 from service.runtime import place
 from service.settings import Settings
@@ -31,14 +32,14 @@ from service.workers.channel import Channel, Facts, Gone, restored
 from service.workers.conductor import Conductor
 from service.workers.supervisor import Supervisor, pause_s
 from service.workers.tally import Tally
-from service.workers.verdicts import TORN, Verdict, joint, settled
+from service.workers.verdicts import Verdict, joint
 from service.workers.worker import OneOfSeveral, Worker
 from tests.asking import loaded
 from tests.bundles import write_table_bundle
 
 
 def ready(version: str, digest: str = "a1") -> Verdict:
-    return Verdict(name="credit", version=version, state="READY", digest=digest)
+    return Verdict(name="credit", version=version, state="READY", digests={"model.onnx": digest})
 
 
 def refused(version: str, reason: str = "refused at the golden door") -> Verdict:
@@ -81,7 +82,14 @@ def test_all_end_with_the_same_verdicts(found: list[list[Verdict]], together: li
     ],
 )
 def test_a_refusal_leaves_what_was_served(before: list[Verdict], new: list[Verdict], after: list[Verdict]) -> None:
-    assert list(settled(before, new)) == after
+    assert list(settled(before, new, held=())) == after
+
+
+def test_what_an_alias_names_by_now_goes_on() -> None:
+    """It was moved while another version was admitted, which did not know."""
+    before = [ready("3"), ready("2"), ready("1")]
+    assert settled(before, [ready("4"), ready("1")], held=["1", "3"]) == (ready("4"), ready("3"), ready("1"))
+    assert settled(before, [ready("4"), refused("3")], held=["3"]) == (ready("4"), refused("3"), ready("3"))
 
 
 def counted(model: str, requests: int) -> Document:
@@ -378,6 +386,8 @@ class FakeWorker:
         self.aliases: dict[str, dict[str, str]] = {}
         self.requests = 0
         self.heard: list[str] = []
+        self.decided: list[object] = []
+        """What others had made of what this one was to admit."""
         self.at: dict[str, Callable[[], Awaitable[None]]] = {}
         """What happens before a question is answered."""
 
@@ -398,10 +408,11 @@ class FakeWorker:
                 self.aliases = facts["aliases"] or {}
                 return {"verdicts": self.served, "aliases": self.aliases}
             case "admit":
+                self.decided.append(facts["decided"])
                 return self.found()
             case "settle":
                 if facts["verdicts"] is not None:
-                    self.served = list(settled(self.served, [Verdict(**one) for one in facts["verdicts"]]))
+                    self.served = list(settled(self.served, [Verdict(**one) for one in facts["verdicts"]], held=()))
                 return []
             case "take_aliases":
                 self.aliases = {facts["model"]: facts["aliases"]}
@@ -468,6 +479,21 @@ def test_a_load_is_done_in_all_before_it_is_answered() -> None:
     run(scenario)
 
 
+def test_a_version_is_tried_in_one_worker() -> None:
+    """The others hear what came of it, with the digests of the files."""
+
+    async def scenario() -> None:
+        _, one, other = await crew_of_two()
+        one.disk = other.disk = [refused("3"), ready("2")]
+        with pytest.raises(LoadRefused):
+            await one.crew.load("credit")
+        told = [[asdict(refused("3")), asdict(ready("2"))]]
+        assert sorted([one.decided, other.decided], key=lambda decided: decided != [None]) == [[None], told]
+        await part(one, other)
+
+    run(scenario)
+
+
 def test_an_alias_moves_in_all_and_who_joins_knows_it() -> None:
     """Only to a version that is live; nobody is told of what is refused."""
 
@@ -513,7 +539,7 @@ def test_an_error_in_one_changes_none() -> None:
         with pytest.raises(UnknownModel, match="no model 'credit'"):
             await one.crew.load("credit")
         assert one.served == other.served == [ready("1")]
-        assert one.heard[-2:] == ["admit", "settle"]
+        assert one.heard[-1] == "settle"
         await part(one, other)
 
     run(scenario)
@@ -542,7 +568,6 @@ def test_what_a_worker_admits_is_being_loaded_until_all_have_settled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On what it admitted, on the refusal of another one, or on nothing."""
-    monkeypatch.setattr("service.repository.tried", lambda *_: "")
     write_table_bundle(tmp_path, name="credit")
     with socket.socket() as listening:
         worker = Worker(listening)
@@ -550,7 +575,7 @@ def test_what_a_worker_admits_is_being_loaded_until_all_have_settled(
         worker._repository = repository = loaded(tmp_path)
         write_table_bundle(tmp_path, name="credit", version="2")
         for verdicts in (None, [asdict(refused("2"))], [asdict(ready("2"))]):
-            worker._admit("credit", None)
+            worker._admit("credit", None, None)
             assert repository.loading == {("credit", "2")}
             worker._settle("credit", verdicts)
             assert repository.loading == set()
@@ -570,6 +595,68 @@ def test_changes_take_turns() -> None:
             assert steps.count("unload") == 1
         assert one.served == other.served
         await part(one, other)
+
+    run(scenario)
+
+
+def test_an_alias_does_not_wait_for_an_admission() -> None:
+    """Of its own model or another: a way back is needed when something is wrong. An unload waits for its own."""
+
+    async def scenario() -> None:
+        _, one, other = await crew_of_two()
+        admitting, done = asyncio.Event(), asyncio.Event()
+
+        async def long() -> None:
+            admitting.set()
+            await done.wait()
+
+        one.disk = other.disk = [ready("2")]
+        one.at["admit"] = other.at["admit"] = long
+        loading = asyncio.create_task(one.crew.load("credit"))
+        await admitting.wait()
+        assert await other.crew.move_alias("credit", "stable", "1")
+        assert one.aliases == other.aliases == {"credit": {"stable": "1"}}
+        await other.crew.unload("rate")
+        unloading = asyncio.create_task(other.crew.unload("credit"))
+        await asyncio.sleep(0.05)
+        assert not unloading.done()
+        done.set()
+        await loading
+        await unloading
+        assert other.heard.index("settle") < len(other.heard) - 1 - other.heard[::-1].index("unload")
+        await part(one, other)
+
+    run(scenario)
+
+
+def test_when_nobody_can_serve_what_was_served_the_next_decides() -> None:
+    """One does, and who had begun to follow what was decided before follows that."""
+
+    async def scenario() -> None:
+        conductor, one, other = await crew_of_two()
+        await one.crew.move_alias("credit", "stable", "1")
+        for worker in (one, other):
+            await worker.die()
+            conductor.leave(worker.known_as)
+        third, fourth = FakeWorker(), FakeWorker()
+        third.disk, fourth.disk = [ready("2")], [ready("3")]
+        begun = asyncio.Event()
+
+        async def hold() -> None:
+            fourth.at.clear()
+            await begun.wait()
+
+        fourth.at["prepare"] = hold
+        following = asyncio.create_task(fourth.enlist(conductor, first=True))
+        await asyncio.sleep(0.05)
+        conductor.begin_anew()
+        await third.enlist(conductor, first=True)
+        begun.set()
+        await following
+        assert third.served == fourth.served == [ready("2")]
+        assert third.aliases == fourth.aliases == {}
+        assert fourth.heard == ["prepare", "prepare", "listen"]
+        await part(one, other, third, fourth)
 
     run(scenario)
 
