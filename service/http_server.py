@@ -31,6 +31,7 @@ import uvicorn
 
 from service import logs
 from service.asgi import Application
+from service.coalescing import end_threads
 from service.connection import Connection
 from service.memory import give_back
 from service.tls import GOODBYE_LIMIT_S, HANDSHAKE_LIMIT_S, Tls
@@ -118,7 +119,7 @@ class Server(uvicorn.Server):
         self._connecting: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._threads = ThreadPoolExecutor(thread_name_prefix="thread")
-        """Where models compute that take long, and versions are admitted."""
+        """Where versions are admitted, and bodies are read that take long; models have threads of their own."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         assert sockets is not None
@@ -197,11 +198,15 @@ class Server(uvicorn.Server):
         """Whether they do in time; they are given nothing more to do."""
         loop = asyncio.get_running_loop()
         least_s = loop.time() + THREADS_LIMIT_S
-        waiting = threading.Thread(target=self._threads.shutdown, daemon=True)
+        waiting = threading.Thread(target=self._end_threads, daemon=True)
         waiting.start()
         while waiting.is_alive() and loop.time() < (least_s if self.force_exit else max(least_s, end_s)):  # noqa: ASYNC110
             await asyncio.sleep(DRAIN_TICK_S)
         return not waiting.is_alive()
+
+    def _end_threads(self) -> None:
+        self._threads.shutdown()
+        end_threads()
 
     @property
     def _connections(self) -> list[Connection]:

@@ -480,6 +480,7 @@ def _load(found: Found, placement: Placement, settings: Settings, *, memory_byte
     coalescer = Coalescer(
         admitted.runtime,
         max_rows=batching.max_rows,
+        slice_rows=batching.slice_rows,
         inline_rows=batching.inline_rows,
         max_waiting_rows=settings.max_queue_rows,
         max_waiting_bytes=settings.max_queue_bytes,
