@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter_ns
 from typing import Any, final
-from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +38,7 @@ from service.errors import ClientLeft, DeadlineExceeded, QueueFull, RowsRejected
 from service.runtime import Runtime
 from service.signature import Accepted
 from service.statistics import Statistics
+from service.threads import own_thread
 
 Outputs = list[NDArray[Any]]
 
@@ -307,8 +307,7 @@ class Coalescer:
             self._go_on()
 
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-            _threads.add(self._thread)
+            self._thread = own_thread("model")
         try:
             run = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, batch)
         except RuntimeError as error:  # the system gives no more threads
@@ -426,16 +425,6 @@ class _Slices:
             _answer([whole])
         else:
             self._enter(self.next)
-
-
-_threads: WeakSet[ThreadPoolExecutor] = WeakSet()
-"""Those of all models."""
-
-
-def end_threads() -> None:
-    """Wait until nothing is computed in a thread any more."""
-    for thread in [*_threads]:
-        thread.shutdown()
 
 
 def _answer(batch: Sequence[Computed]) -> None:

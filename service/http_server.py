@@ -31,9 +31,9 @@ import uvicorn
 
 from service import logs
 from service.asgi import Application
-from service.coalescing import end_threads
 from service.connection import Connection
 from service.memory import give_back
+from service.threads import wait_for_threads
 from service.tls import GOODBYE_LIMIT_S, HANDSHAKE_LIMIT_S, Tls
 
 TICK_S = 1.0
@@ -119,7 +119,7 @@ class Server(uvicorn.Server):
         self._connecting: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._threads = ThreadPoolExecutor(thread_name_prefix="thread")
-        """Where versions are admitted, and bodies are read that take long; models have threads of their own."""
+        """Where versions are admitted; what else takes long has threads of its own (threads.py)."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         assert sockets is not None
@@ -206,7 +206,7 @@ class Server(uvicorn.Server):
 
     def _end_threads(self) -> None:
         self._threads.shutdown()
-        end_threads()
+        wait_for_threads()
 
     @property
     def _connections(self) -> list[Connection]:
