@@ -26,6 +26,11 @@ INLINE_RUN_S = 0.002
 load, and short enough that health checks do not notice."""
 
 
+SLICE_S = 0.02
+"""Others get their turn after so long; much less would cost more in turns than in computing."""
+
+MOST_SLICE_ROWS = 2**16
+
 LONGEST_REHEARSAL_S = 5.0
 """Sizes that were not tried in this time are not used."""
 
@@ -38,7 +43,8 @@ class Batching:
     """The most rows that run together; 1 where more would change a bit and `exact` is wanted, or where rows differ in
     shape."""
     slice_rows: int
-    """The most rows of one request that run at a time: as many as independence was shown for."""
+    """The most rows of one request that run at a time: as many as independence was shown for; or where it is exact, as
+    run in `SLICE_S`."""
     inline_rows: int
     """The most rows that run on the event loop; larger batches get a thread. 0: none."""
     run_s: dict[int, float]
@@ -83,8 +89,19 @@ def rehearse(admitted: Admitted, numerics: Numerics) -> Batching:
     if numerics == "exact" and figure.kind == "bounded":
         together = 1
     run_s = {size: seconds for size, seconds in run_s.items() if size <= together}
+    if figure.kind == "exact":
+        slice_rows = _slice_rows(together, run_s)
     inline_rows = max((size for size, seconds in run_s.items() if seconds < INLINE_RUN_S), default=0)
     return Batching(max_rows=together, slice_rows=slice_rows, inline_rows=inline_rows, run_s=run_s, independence=figure)
+
+
+def _slice_rows(together: int, run_s: dict[int, float]) -> int:
+    """A power of two times what runs together."""
+    rows, most = max(run_s.items())
+    slice_rows = together
+    while 2 * slice_rows * most / rows < SLICE_S and 2 * slice_rows <= MOST_SLICE_ROWS:
+        slice_rows *= 2
+    return slice_rows
 
 
 def _times(runtime: Runtime, rows: Sequence[NDArray[Any]], max_rows: int) -> dict[int, float]:
