@@ -136,6 +136,7 @@ class Coalescer:
         max_waiting_bytes: int = sys.maxsize,
         max_wait_s: float = math.inf,
         row_s: float = 0.0,
+        sample: Accepted | None = None,
         statistics: Statistics | None = None,
     ) -> None:
         """
@@ -146,12 +147,15 @@ class Coalescer:
             max_waiting_rows, max_waiting_bytes: of all requests that wait; one that finds nobody waiting may be larger.
             max_wait_s: who is expected to wait longer is refused, unless fewer than `ALWAYS_WAIT` requests wait.
             row_s: what a row takes in a large batch, as far as that is known before the first; 0: it is not.
+            sample: rows that the model was admitted with. If it cannot compute those either, it is broken, and who
+                asked is not to blame.
             statistics: what is run is counted there.
         """
         self._runtime = runtime
         self._max_rows = max_rows
         self._inline_rows = inline_rows
         self._slice_rows = slice_rows
+        self._sample = sample
         self._full_runs_inline = 1 < max_rows <= inline_rows
         self._max_waiting_rows = max_waiting_rows
         self._max_waiting_bytes = max_waiting_bytes
@@ -347,11 +351,20 @@ class Coalescer:
             self._compute_together(batch)
         except Exception as error:  # whatever it is, it belongs to the callers
             if len(batch) == 1:
-                batch[0].error = error
+                batch[0].error = self._blamed(error)
                 return
             for request in batch:
                 if request.error is None:  # else it was told already, and perhaps this was stopped for it
                     self._compute([request])
+
+    def _blamed(self, error: Exception) -> Exception:
+        """The same, unless it blames the rows for what is wrong with the engine."""
+        if isinstance(error, RowsRejected) and self._sample is not None:
+            try:
+                self._runtime.run(self._sample.tensors)
+            except Exception as broken:
+                return RuntimeError(f"the engine fails on a sample that the model was admitted with: {broken}")
+        return error
 
     def _compute_together(self, batch: Sequence[Computed]) -> None:
         started_ns = perf_counter_ns()

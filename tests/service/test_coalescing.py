@@ -753,3 +753,27 @@ def test_a_model_goes_on_after_a_count_that_breaks(inline: bool) -> None:
         await asyncio.wait_for(submitted(coalescer, accepted(2)), timeout=5)
 
     asyncio.run(scenario())
+
+
+class Rejects(LosesRows):
+    """Blames the rows, as an engine without its GPU does."""
+
+    def __init__(self, rejected: Callable[[float], bool]) -> None:
+        self._rejected = rejected
+
+    def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        if self._rejected(float(tensors[0][0, 0])):
+            raise RowsRejected("CUDA failure 700")
+        return [tensors[0]]
+
+
+@pytest.mark.parametrize(("rejected", "blamed"), [(lambda x: x == 3, RowsRejected), (lambda _: True, RuntimeError)])
+def test_who_asks_is_not_blamed_for_a_broken_engine(rejected: Callable[[float], bool], blamed: type[Exception]) -> None:
+    """One that cannot compute either what it was admitted with is ours, and logged."""
+
+    async def scenario() -> None:
+        coalescer = Coalescer(Rejects(rejected), max_rows=4, inline_rows=4, sample=accepted(1))
+        with pytest.raises(blamed):
+            await submitted(coalescer, accepted(3))
+
+    asyncio.run(scenario())

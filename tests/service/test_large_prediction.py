@@ -63,9 +63,12 @@ def test_the_thread_of_a_prediction_is_for_what_is_large(
     seen: list[int] = []
     watched: Callable[..., Any] = orjson.loads
     monkeypatch.setattr(prediction, "LARGE_BYTES", 1 if large else 2**20)
-    monkeypatch.setattr(
-        "service.protocol.json.orjson.loads", lambda body: (seen.append(threading.get_ident()), watched(body))[1]
-    )
+
+    def loads(body: bytes) -> Any:
+        seen.append(threading.get_ident())
+        return watched(body)
+
+    monkeypatch.setattr("service.protocol.json.orjson.loads", loads)
     ((status, said),) = answers(repository, SMALL)
     assert (status, said["outputs"][0]["shape"]) == (200, [1, 3])
     assert (seen[0] != threading.get_ident()) is large
