@@ -56,9 +56,9 @@ def create_app(repository: Repository, settings: Settings, crew: Crew | None = N
     access, readiness = Access(settings), Readiness(repository)
     watch = Watch(repository.counts, *_watchers(settings, repository.counts))
     rest = _fastapi(repository, crew or Alone(repository), settings, readiness, watch, needs_keys=access.needs_keys)
-    predictions = Predictions(repository, timeout_s=settings.timeout_s or None, watch=watch)
     limit_bytes = settings.body_limit_bytes
     bodies = Bodies(max_bytes=settings.max_reading_bytes, body_limit_bytes=limit_bytes)
+    predictions = Predictions(repository, timeout_s=settings.timeout_s or None, watch=watch, bodies=bodies)
     return Application(predictions, readiness, access, bodies, body_limit_bytes=limit_bytes, rest=rest)
 
 

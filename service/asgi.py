@@ -17,7 +17,7 @@ from typing import Any, final
 
 from service.access import Access
 from service.bodies import Bodies, Held
-from service.errors import BadRequest, BodyTooLarge, MethodNotAllowed, RequestError, ServerFull
+from service.errors import BodyTooLarge, ClientLeft, MethodNotAllowed, RequestError, ServerFull
 from service.page_headers import with_page_headers
 from service.prediction import (
     REQUEST_ID,
@@ -192,7 +192,7 @@ class Application:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise BadRequest("the client left before its request was complete")
+                raise ClientLeft
             chunk = message.get("body", b"")
             more = message.get("more_body", False)
             size += len(chunk)

@@ -5,7 +5,7 @@ hold ten thousand bodies.
 
 Rule 1: what came is counted, and not what was declared: who declares much and sends little keeps nobody out.
 Rule 2: whoever holds a part of a body says how many bytes it holds now; and none when the body is handed to the
-        predictions, is refused, or the client is gone.
+        predictions, is refused, or the client is gone. Predictions hold a large one until it is parsed.
 Rule 3: a body that is whole when it is first looked at is not counted: it is handed over before anybody else is read.
 Rule 4: two bodies of the largest size have room, whatever the limit: a packed one beside what it unpacks to. So nobody
         who keeps to the limit of one body is told for ever to come again.

@@ -5,9 +5,12 @@
 Rule 1: no batch waits for a timer. A request that is alone runs at once, and so does a full batch; what was submitted
         in one turn of the event loop runs together; while a batch runs in a thread, those that arrive form the next.
 Rule 2: a request enters only as `Accepted`, so one caller's mistake cannot fail another's.
-Rule 3: order is arrival; a request is never split and never overtaken.
+Rule 3: order is arrival, and nobody is overtaken by the way rows are put together. A request of more rows than run at
+        a time runs in slices, and stands behind those who came meanwhile for each of them: it may take minutes, and
+        they need not wait so long for it, nor it for long after nobody wants its answer any more.
 Rule 4: every request submitted gets an answer or an exception; one that fails does not fail those beside it.
-Rule 5: whoever has gone, or has no time left, is dropped before anything is computed.
+Rule 5: whoever has gone, or has no time left, is dropped before anything is computed; and a run that nobody waits for
+        any more is ended.
 Rule 6: the queue has an end. Who would wait too long, beyond its deadline, or behind too many rows or bytes is refused
         at once, and told when to come again. A few may always wait, however slow the model is.
 Rule 7: how long a wait will be is told by batches that are at least half full, as they are when many wait: a row that
@@ -24,6 +27,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter_ns
 from typing import Any, final
 
@@ -34,6 +38,7 @@ from service.errors import ClientLeft, DeadlineExceeded, QueueFull, RowsRejected
 from service.runtime import Runtime
 from service.signature import Accepted
 from service.statistics import Statistics
+from service.threads import own_thread
 
 Outputs = list[NDArray[Any]]
 
@@ -56,10 +61,12 @@ class Computed:
 
     __slots__ = (
         "accepted",
+        "bytes_of",
         "compute_ns",
         "counted",
         "error",
         "expires_ns",
+        "further",
         "gone",
         "outputs",
         "queue_ns",
@@ -78,6 +85,10 @@ class Computed:
         self.accepted = accepted
         self.counted = counted
         """It is in the statistics."""
+        self.bytes_of = accepted
+        """What it keeps in memory: of a slice, the whole request."""
+        self.further = False
+        """It is a slice, and not the first."""
         self.tell = tell
         self.expires_ns = expires_ns
         self.gone = gone
@@ -93,8 +104,8 @@ class Computed:
 
     @property
     def bytes(self) -> int:
-        """Of its tensors."""
-        return sum([tensor.nbytes for tensor in self.accepted.tensors])
+        """That it keeps in memory."""
+        return sum([tensor.nbytes for tensor in self.bytes_of.tensors])
 
 
 Tell = Callable[[Computed], None]
@@ -130,24 +141,31 @@ class Coalescer:
         *,
         max_rows: int,
         inline_rows: int,
+        slice_rows: int = sys.maxsize,
         max_waiting_rows: int = sys.maxsize,
         max_waiting_bytes: int = sys.maxsize,
         max_wait_s: float = math.inf,
         row_s: float = 0.0,
+        sample: Accepted | None = None,
         statistics: Statistics | None = None,
     ) -> None:
         """
         Args:
             max_rows: 1 for a model whose answers other rows in the batch would change, be it by rounding.
             inline_rows: a batch of so many rows is short enough to run on the event loop; a larger one gets a thread.
+            slice_rows: a request of more rows runs in slices of so many.
             max_waiting_rows, max_waiting_bytes: of all requests that wait; one that finds nobody waiting may be larger.
             max_wait_s: who is expected to wait longer is refused, unless fewer than `ALWAYS_WAIT` requests wait.
             row_s: what a row takes in a large batch, as far as that is known before the first; 0: it is not.
+            sample: rows that the model was admitted with. If it cannot compute those either, it is broken, and who
+                asked is not to blame.
             statistics: what is run is counted there.
         """
         self._runtime = runtime
         self._max_rows = max_rows
         self._inline_rows = inline_rows
+        self._slice_rows = slice_rows
+        self._sample = sample
         self._full_runs_inline = 1 < max_rows <= inline_rows
         self._max_waiting_rows = max_waiting_rows
         self._max_waiting_bytes = max_waiting_bytes
@@ -158,6 +176,9 @@ class Coalescer:
         self._waiting_bytes = 0
         self._in_thread: Sequence[Computed] = ()
         """The batch that runs there."""
+        self._thread: ThreadPoolExecutor | None = None
+        """One, of this model alone, made when it is needed: one that is stuck holds up no other. It ends with the
+        coalescer."""
         self._busy = False
         """A batch is running, or will in the next turn of the loop."""
         self._row_ns = row_s * 1e9
@@ -196,7 +217,8 @@ class Coalescer:
             if _wanted(request, request.since_ns):
                 self._run_inline([request])
             return
-        self._enter(request)
+        self._check_room(request)
+        self._enter(request if accepted.rows <= self._slice_rows else self._first_slice(request))
         if expires_ns is not None and expires_ns < self._alarm_ns and expires_ns - request.since_ns <= LITTLE_TIME_NS:
             self._set_alarm(expires_ns)
         if not self._busy:
@@ -218,15 +240,16 @@ class Coalescer:
     def drop_late(self) -> None:
         """Tell those whose time is over, also if the engine is stuck and no batch will ever be taken again."""
         now_ns = perf_counter_ns()
-        if any(request.expires_ns is not None and now_ns >= request.expires_ns for request in self._waiting):
+        if any(_is_over(request, now_ns) for request in self._waiting):
             waiting, self._waiting = self._waiting, deque()
             for request in waiting:
                 if _wanted(request, now_ns):
                     self._waiting.append(request)
                 else:
                     self._leave(request)
-        for request in self._in_thread:
-            _wanted(request, now_ns)
+        wanted = [_wanted(request, now_ns, runs=True) for request in self._in_thread]
+        if wanted and not any(wanted):
+            self._runtime.stop()
 
     def _set_alarm(self, at_ns: float) -> None:
         self._stop_alarm()
@@ -247,15 +270,16 @@ class Coalescer:
         if left_ns := [it for it in times_ns if it is not None and now_ns < it < now_ns + LITTLE_TIME_NS]:
             self._set_alarm(min(left_ns))
 
-    def _enter(self, request: Computed) -> None:
-        rows, size = request.accepted.rows, request.bytes
+    def _check_room(self, request: Computed) -> None:
         if self._waiting:
             wait_ns = self._waiting_rows * self._row_ns
-            if bound := self._bound_hit(request, rows, size, wait_ns):
+            if bound := self._bound_hit(request, request.accepted.rows, request.bytes, wait_ns):
                 raise QueueFull(rows=self._waiting_rows, wait_s=wait_ns / 1e9, bound=bound)
+
+    def _enter(self, request: Computed) -> None:
         self._waiting.append(request)
-        self._waiting_rows += rows
-        self._waiting_bytes += size
+        self._waiting_rows += request.accepted.rows
+        self._waiting_bytes += request.bytes
 
     def _bound_hit(self, request: Computed, rows: int, size: int, wait_ns: float) -> str:
         """What keeps a request from joining those who wait, in words; empty: nothing does."""
@@ -269,6 +293,9 @@ class Coalescer:
             return f"no request may wait longer than {self._max_wait_s:g} s"
         return ""
 
+    def _first_slice(self, request: Computed) -> Computed:
+        return _Slices(request, self._slice_rows, self._enter).next
+
     def _leave(self, request: Computed) -> None:
         self._waiting_rows -= request.accepted.rows
         self._waiting_bytes -= request.bytes
@@ -278,8 +305,10 @@ class Coalescer:
         if not batch:
             self._rest()
         elif sum([request.accepted.rows for request in batch]) <= self._inline_rows:
-            self._run_inline(batch)
-            self._go_on()
+            try:
+                self._run_inline(batch)
+            finally:
+                self._go_on()
         else:
             self._run_in_thread(batch)
 
@@ -293,9 +322,12 @@ class Coalescer:
             _answer(batch)
             self._go_on()
 
+        if self._thread is None:
+            self._thread = own_thread("model")
         try:
-            run = asyncio.get_running_loop().run_in_executor(None, self._compute, batch)
+            run = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, batch)
         except RuntimeError as error:  # the system gives no more threads
+            self._thread = None  # it would run this batch with the next
             for request in batch:
                 request.error = error
             finish(None)
@@ -326,35 +358,45 @@ class Coalescer:
         return []
 
     def _compute(self, batch: Sequence[Computed]) -> None:
-        """Give each request its outputs or its error. Never raises: a batch that fails is run request by request."""
-        started_ns = perf_counter_ns()
+        """Give each request its outputs or its error; a batch that fails is run request by request."""
         try:
-            tensors = _stacked(batch)
-            stacked_ns = perf_counter_ns()
-            outputs = self._runtime.run(tensors)
-            ran_ns = perf_counter_ns()
-            rows = _split(outputs, batch)
+            self._compute_together(batch)
         except Exception as error:  # whatever it is, it belongs to the callers
             if len(batch) == 1:
-                batch[0].error = error
-            else:
-                for request in batch:
+                batch[0].error = self._blamed(error)
+                return
+            for request in batch:
+                if request.error is None:  # else it was told already, and perhaps this was stopped for it
                     self._compute([request])
-            return
+
+    def _blamed(self, error: Exception) -> Exception:
+        """The same, unless it blames the rows for what is wrong with the engine."""
+        if isinstance(error, RowsRejected) and self._sample is not None:
+            try:
+                self._runtime.run(self._sample.tensors)
+            except Exception as broken:
+                return RuntimeError(f"the engine fails on a sample that the model was admitted with: {broken}")
+        return error
+
+    def _compute_together(self, batch: Sequence[Computed]) -> None:
+        started_ns = perf_counter_ns()
+        tensors = _stacked(batch)
+        stacked_ns = perf_counter_ns()
+        outputs = self._runtime.run(tensors)
+        ran_ns = perf_counter_ns()
+        rows = _split(outputs, batch)
         began_ns = max(self.ran_ns, batch[0].since_ns)  # what passes between two batches is waited for too
         self.ran_ns = ended_ns = perf_counter_ns()
         self._learn((ended_ns - began_ns) / rows, full=2 * rows >= self._max_rows)
-        requests = len(batch)
         for request in batch:
             request.queue_ns = started_ns - request.since_ns
             request.compute_ns = ended_ns - started_ns
             if not request.counted:
-                requests -= 1
                 rows -= request.accepted.rows
-        if requests:
+        if rows:
             self._statistics.ran(
                 rows,
-                requests,
+                sum([request.counted and not request.further for request in batch]),
                 input_ns=stacked_ns - started_ns,
                 infer_ns=ran_ns - stacked_ns,
                 output_ns=ended_ns - ran_ns,
@@ -364,6 +406,53 @@ class Coalescer:
         """What a row took. A batch that is not full tells only that it takes no longer than that."""
         if full or row_ns < self._row_ns:
             self._row_ns += (row_ns - self._row_ns) * (_RECENT if self._row_ns else 1.0)
+
+
+@final
+class _Slices:
+    """A request that runs in several slices, one after the other; what they gave is put together as it comes."""
+
+    def __init__(self, whole: Computed, rows: int, enter: Callable[[Computed], None]) -> None:
+        """
+        Args:
+            rows: of each slice but the last.
+            enter: where each of them waits.
+        """
+        self._whole = whole
+        self._rows = rows
+        self._enter = enter
+        self._done_rows = 0
+
+    @property
+    def next(self) -> Computed:
+        whole, start = self._whole, self._done_rows
+        end = min(start + self._rows, whole.accepted.rows)
+        rows = Accepted(tuple([tensor[start:end] for tensor in whole.accepted.tensors]), end - start)
+        request = Computed(rows, self._tell, whole.expires_ns, whole.gone)
+        request.bytes_of = whole.accepted
+        request.further = start > 0
+        return request
+
+    def _tell(self, request: Computed) -> None:
+        whole, start = self._whole, self._done_rows
+        try:
+            if request.error is not None:
+                raise request.error
+            self._done_rows += request.accepted.rows
+            whole.queue_ns += request.queue_ns
+            whole.compute_ns += request.compute_ns
+            if not whole.outputs:
+                whole.outputs = [np.empty((whole.accepted.rows, *it.shape[1:]), it.dtype) for it in request.outputs]
+            for output, part in zip(whole.outputs, request.outputs, strict=True):
+                if part.shape[1:] != output.shape[1:]:
+                    raise RowsRejected(f"it gave rows of shape {list(output.shape[1:])} and {list(part.shape[1:])}")
+                output[start : self._done_rows] = part
+        except Exception as error:
+            whole.error = error
+        if whole.error is not None or self._done_rows == whole.accepted.rows:
+            _answer([whole])
+        else:
+            self._enter(self.next)
 
 
 def _answer(batch: Sequence[Computed]) -> None:
@@ -379,12 +468,23 @@ def _nobody(_: Computed) -> None:
     pass
 
 
-def _wanted(request: Computed, now_ns: int) -> bool:
-    """Somebody waits for the answer, and still has time to; who does not is told why."""
+def _is_over(request: Computed, now_ns: int) -> bool:
+    """Nobody waits for the answer, or has time to."""
+    return (request.gone is not None and request.gone()) or (
+        request.expires_ns is not None and now_ns >= request.expires_ns
+    )
+
+
+def _wanted(request: Computed, now_ns: int, *, runs: bool = False) -> bool:
+    """Somebody waits for the answer, and still has time to; who does not is told why.
+
+    Args:
+        runs: it is being computed.
+    """
     if request.gone is not None and request.gone():
         request.error = ClientLeft()
     elif request.expires_ns is not None and now_ns >= request.expires_ns:
-        request.error = DeadlineExceeded()
+        request.error = DeadlineExceeded(began=runs or request.further)
     else:
         return True
     _answer([request])

@@ -433,13 +433,21 @@ class NotReady(RequestError):
 
 
 class DeadlineExceeded(RequestError):
-    """The time that the caller gave was over before the model could run; nothing was computed."""
+    """The time that the caller gave was over before there was an answer; what was not computed by then is not."""
 
     status = 504
     code = "deadline_exceeded"
 
-    def __init__(self) -> None:
-        super().__init__("the request's 'timeout' passed while it waited, so it was not computed; send it again later")
+    def __init__(self, *, began: bool = False) -> None:
+        """
+        Args:
+            began: some of it was computed, or was being computed.
+        """
+        super().__init__(
+            "the request's 'timeout' passed while it was computed; send fewer rows at a time, or give it longer"
+            if began
+            else "the request's 'timeout' passed while it waited, so it was not computed; send it again later"
+        )
 
 
 class Internal(RequestError):

@@ -38,6 +38,7 @@ from service import logs
 from service.asgi import Application
 from service.connection import Connection
 from service.memory import give_back
+from service.threads import wait_for_threads
 from service.tls import GOODBYE_LIMIT_S, HANDSHAKE_LIMIT_S, Tls
 
 TICK_S = 1.0
@@ -130,7 +131,7 @@ class Server(uvicorn.Server):
         self._connecting: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._threads = ThreadPoolExecutor(thread_name_prefix="thread")
-        """Where models compute that take long, and versions are admitted."""
+        """Where versions are admitted; what else takes long has threads of its own (threads.py)."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         assert sockets is not None
@@ -222,11 +223,15 @@ class Server(uvicorn.Server):
         """Whether they do in time; they are given nothing more to do."""
         loop = asyncio.get_running_loop()
         least_s = loop.time() + THREADS_LIMIT_S
-        waiting = threading.Thread(target=self._threads.shutdown, daemon=True)
+        waiting = threading.Thread(target=self._end_threads, daemon=True)
         waiting.start()
         while waiting.is_alive() and loop.time() < (least_s if self.force_exit else max(least_s, end_s)):  # noqa: ASYNC110
             await asyncio.sleep(DRAIN_TICK_S)
         return not waiting.is_alive()
+
+    def _end_threads(self) -> None:
+        self._threads.shutdown()
+        wait_for_threads()
 
     @property
     def _connections(self) -> list[Connection]:

@@ -15,10 +15,13 @@ import itertools
 import logging
 import re
 import secrets
+import sys
 from collections.abc import Callable
+from concurrent.futures import Executor
 from time import perf_counter_ns
-from typing import NamedTuple, final
+from typing import NamedTuple, TypeVar, final
 
+from service.bodies import Bodies, Held
 from service.coalescing import Computed
 from service.errors import (
     Internal,
@@ -34,10 +37,11 @@ from service.errors import (
     clipped,
 )
 from service.page_headers import NOSNIFF
-from service.protocol import JSON, OCTET_STREAM, Body, Parse, Request, predict, v2
-from service.protocol.compression import WORTH_BYTES, Encoding, accepted, compressed
+from service.protocol import JSON, OCTET_STREAM, Answer, Body, Parse, Request, predict, v2
+from service.protocol.compression import WORTH_BYTES, accepted, compressed
 from service.protocol.json import error_body
 from service.repository import Live, Repository
+from service.threads import own_thread
 from service.watch import Client, Ended, Watch
 
 Headers = dict[bytes, bytes]
@@ -60,10 +64,16 @@ _REQUEST_ID_TAKEN = re.compile(rb"[\x21-\x7e]{1,128}")
 _PREDICT = re.compile(r"/predict|/models/(?P<model>[^/]+)/predict")
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
+LARGE_BYTES = 2**20
+"""JSON of this size, or an answer of so many bytes of tensors, takes some ten milliseconds to read or write, in which
+nobody else would be answered: it has a thread."""
+
 THREAD_BYTES = 64 * 1024
 """A body from this size on is compressed or decompressed in a thread: it takes as long as many small predictions."""
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Route(NamedTuple):
@@ -99,11 +109,22 @@ def _short_route(path: str) -> Route | None:
 class Predictions:
     """Answers predictions with the models of a repository."""
 
-    def __init__(self, repository: Repository, *, timeout_s: float | None, watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        *,
+        timeout_s: float | None,
+        watch: Watch | None = None,
+        bodies: Bodies | None = None,
+    ) -> None:
         """
         Args:
             timeout_s: how long a caller waits who does not say; None: as long as it takes.
+            bodies: where those count that wait to be parsed; by default as many as there are.
         """
+        self._bodies = Bodies(max_bytes=sys.maxsize, body_limit_bytes=0) if bodies is None else bodies
+        self._thread = own_thread("json")
+        """For what is large; one, so that the event loop has never more than one beside it."""
         self.watch = watch or Watch(repository.counts)
         self._repository = repository
         self._timeout_s = timeout_s
@@ -132,42 +153,66 @@ class Predictions:
             gone: says that the client has left.
         """
         self.watch.counts.begun += 1
-        prediction = _Prediction(self.watch, route, headers, reply, client)
+        prediction = _Prediction(self.watch, route, headers, reply, client, self._thread)
         try:
             check_content_type(headers, binary=route.binary)
             live = self._repository.only() if route.model is None else self._repository.live(route.model, route.version)
             prediction.live = live
-            request = route.parse(live, body, _json_bytes(headers, len(body)) if route.binary else None)
-            prediction.request = request
-            timeout_s = self._timeout_s if request.timeout_s is None else request.timeout_s
-            live.coalescer.submit(
-                request.accepted,
-                prediction.answer,
-                alone=alone,
-                expires_ns=None if timeout_s is None else prediction.since_ns + int(timeout_s * 1e9),
-                gone=gone,
-            )
-        except MalformedJson as error:
-            undeclared = route.binary and JSON_LENGTH not in headers and _media_type(headers) == OCTET_STREAM
-            prediction.refuse(_undeclared(error) if undeclared else error)
+            json_bytes = _json_bytes(headers, len(body)) if route.binary else None
+            if len(body) >= LARGE_BYTES and _takes_long(live, body, json_bytes):
+                held = Held(self._bodies)
+                held.hold(len(body))
+
+                def submit(request: Request) -> None:
+                    self._submit(prediction, live, request, alone=False, gone=gone)
+
+                prediction.do_in_thread(
+                    lambda: route.parse(live, body, json_bytes), submit, whatever=lambda: held.hold(0)
+                )
+            else:
+                self._submit(prediction, live, route.parse(live, body, json_bytes), alone=alone, gone=gone)
         except Exception as error:
             prediction.refuse(error)
+
+    def _submit(
+        self, prediction: _Prediction, live: Live, request: Request, *, alone: bool, gone: Callable[[], bool] | None
+    ) -> None:
+        prediction.request = request
+        timeout_s = self._timeout_s if request.timeout_s is None else request.timeout_s
+        live.coalescer.submit(
+            request.accepted,
+            prediction.answer,
+            alone=alone,
+            expires_ns=None if timeout_s is None else prediction.since_ns + int(timeout_s * 1e9),
+            gone=gone,
+        )
+
+
+def _takes_long(live: Live, body: Body, json_bytes: int | None) -> bool:
+    """To parse a body that is large: much of it is JSON, or text, which is looked at element by element."""
+    inputs = live.admitted.signature.inputs
+    return json_bytes is None or json_bytes >= LARGE_BYTES or any(spec.datatype == "BYTES" for spec in inputs)
 
 
 @final
 class _Prediction:
     """One of them, from its request to its answer."""
 
-    __slots__ = ("client", "headers", "live", "reply", "request", "route", "since_ns", "watch")
+    __slots__ = ("client", "headers", "live", "replied", "reply", "request", "route", "since_ns", "thread", "watch")
 
     request: Request
 
-    def __init__(self, watch: Watch, route: Route, headers: Headers, reply: Reply, client: Client) -> None:
+    def __init__(
+        self, watch: Watch, route: Route, headers: Headers, reply: Reply, client: Client, thread: Executor
+    ) -> None:
         self.watch = watch
         self.route = route
         self.headers = headers
         self.reply = reply
+        self.replied = False
         self.client = client
+        self.thread = thread
+        """For what is large."""
         self.live: Live | None = None
         self.since_ns = perf_counter_ns()
         """When its last byte was read."""
@@ -177,50 +222,83 @@ class _Prediction:
         try:
             if computed.error is not None:
                 raise computed.error
-            content, json_bytes = self.request.render(computed.outputs)
-            timing = b"queue;dur=%.3f, compute;dur=%.3f" % (computed.queue_ns / 1e6, computed.compute_ns / 1e6)
-            said = [_JSON_TYPE if json_bytes is None else _OCTET_STREAM_TYPE, NOSNIFF, (SERVER_TIMING, timing)]
-            if json_bytes is not None:
-                said.append((JSON_LENGTH, b"%d" % json_bytes))
-            if len(content) >= WORTH_BYTES and (encoding := accepted(self.headers.get(b"accept-encoding", b""))):
-                said += [(b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding")]
-                if len(content) >= THREAD_BYTES:
-                    self._answer_compressed(said, content, encoding, computed)
-                    return
-                content = compressed(content, encoding)
+            if sum([output.nbytes for output in computed.outputs]) >= LARGE_BYTES:
+                self.do_in_thread(
+                    lambda: self.request.render(computed.outputs), lambda answer: self._answer(answer, computed)
+                )
+            else:
+                self._answer(self.request.render(computed.outputs), computed)
         except Exception as error:
             self.refuse(error)
-        else:
-            self._answer(said, content, computed)
 
-    def _answer_compressed(self, said: Said, content: bytes, encoding: Encoding, computed: Computed) -> None:
-        def answer(work: asyncio.Future[bytes]) -> None:
-            if error := work.exception():
+    def do_in_thread(
+        self, work: Callable[[], T], then: Callable[[T], None], whatever: Callable[[], None] | None = None
+    ) -> None:
+        """Go on when it is done, on the event loop; or refuse with what it raised.
+
+        Args:
+            whatever: is called when it is done, whatever came of it.
+        """
+
+        def go_on(done: asyncio.Future[T]) -> None:
+            try:
+                if whatever is not None:
+                    whatever()
+                then(done.result())
+            except Exception as error:
                 self.refuse(error)
-            else:
-                self._answer(said, work.result(), computed)
 
-        asyncio.get_running_loop().run_in_executor(None, compressed, content, encoding).add_done_callback(answer)
+        asyncio.get_running_loop().run_in_executor(self.thread, work).add_done_callback(go_on)
 
-    def _answer(self, said: Said, content: bytes, computed: Computed) -> None:
+    def _answer(self, answer: Answer, computed: Computed) -> None:
+        content, json_bytes = answer
+        timing = b"queue;dur=%.3f, compute;dur=%.3f" % (computed.queue_ns / 1e6, computed.compute_ns / 1e6)
+        said = [_JSON_TYPE if json_bytes is None else _OCTET_STREAM_TYPE, NOSNIFF, (SERVER_TIMING, timing)]
+        if json_bytes is not None:
+            said.append((JSON_LENGTH, b"%d" % json_bytes))
+        if len(content) >= WORTH_BYTES and (encoding := accepted(self.headers.get(b"accept-encoding", b""))):
+            said += [(b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding")]
+            if len(content) >= THREAD_BYTES:
+                self.do_in_thread(
+                    lambda: compressed(content, encoding), lambda packed: self._give(said, packed, computed)
+                )
+                return
+            content = compressed(content, encoding)
+        self._give(said, content, computed)
+
+    def _give(self, said: Said, content: bytes, computed: Computed) -> None:
         assert self.live is not None
-        route = self.route.pattern
-        self.live.statistics.answered(perf_counter_ns() - self.since_ns, computed.queue_ns, route)
+        took_ns = perf_counter_ns() - self.since_ns
         said.append((b"content-length", b"%d" % len(content)))
         given = request_id(self.headers)
         said.append((REQUEST_ID, given))
+        self.replied = True
         self.reply(200, said, content)
+        self.live.statistics.answered(took_ns, computed.queue_ns, self.route.pattern)
         if self.watch.hearing:
             for watcher in self.watch.wanting_answer():
                 watcher.tell(self._ended(200, "", given, computed))
 
     def refuse(self, error: BaseException) -> None:
-        """Say what is wrong."""
-        if self.live is not None:
-            self.live.statistics.failed(perf_counter_ns() - self.since_ns)
+        """Say what is wrong; whatever breaks here or before, the client gets an answer, and no second one."""
+        if self.replied:
+            _log.error("an answer was given and could not be counted", exc_info=error)
+            return
+        if isinstance(error, MalformedJson) and self.route.binary and _is_undeclared(self.headers):
+            error = _undeclared(error)
+        took_ns = perf_counter_ns() - self.since_ns
         given = request_id(self.headers)
         status, said, content = refusal(error, given)
+        self.replied = True
         self.reply(status, said, content)
+        try:
+            self._count_refused(error, status, given, took_ns)
+        except Exception:
+            _log.exception("a refusal could not be counted")
+
+    def _count_refused(self, error: BaseException, status: int, given: bytes, took_ns: int) -> None:
+        if self.live is not None:
+            self.live.statistics.failed(took_ns)
         self.watch.counts.refused += 1
         code = code_of(error)
         of = {} if self.live is None else {"model": self.live.name, "version": self.live.version}
@@ -316,6 +394,11 @@ def _json_bytes(headers: Headers, size: int) -> int | None:
             "takes the length of the JSON alone, or 0 for a raw binary request"
         )
     return json_bytes
+
+
+def _is_undeclared(headers: Headers) -> bool:
+    """Bytes are sent, and how many of them are JSON is not said."""
+    return JSON_LENGTH not in headers and _media_type(headers) == OCTET_STREAM
 
 
 def _undeclared(error: MalformedJson) -> MalformedJson:

@@ -26,6 +26,11 @@ INLINE_RUN_S = 0.002
 load, and short enough that health checks do not notice."""
 
 
+SLICE_S = 0.02
+"""Others get their turn after so long; much less would cost more in turns than in computing."""
+
+MOST_SLICE_ROWS = 2**16
+
 LONGEST_REHEARSAL_S = 5.0
 """Sizes that were not tried in this time are not used."""
 
@@ -37,6 +42,9 @@ class Batching:
     max_rows: int
     """The most rows that run together; 1 where more would change a bit and `exact` is wanted, or where rows differ in
     shape."""
+    slice_rows: int
+    """The most rows of one request that run at a time: as many as independence was shown for; or where it is exact, as
+    run in `SLICE_S`."""
     inline_rows: int
     """The most rows that run on the event loop; larger batches get a thread. 0: none."""
     run_s: dict[int, float]
@@ -65,18 +73,35 @@ def rehearse(admitted: Admitted, numerics: Numerics) -> Batching:
     if fixed != -1:
         only_s = _run_s(runtime, rows, fixed)
         inline_rows = fixed if only_s < INLINE_RUN_S and not open_ended else 0
-        return Batching(max_rows=1, inline_rows=inline_rows, run_s={fixed: only_s}, independence=figure)
+        return Batching(
+            max_rows=1, slice_rows=fixed, inline_rows=inline_rows, run_s={fixed: only_s}, independence=figure
+        )
+    most = admitted.max_batch_rows
     if open_ended:
-        return Batching(max_rows=1, inline_rows=0, run_s={1: _run_s(runtime, rows, 1)}, independence=figure)
+        return Batching(
+            max_rows=1, slice_rows=most, inline_rows=0, run_s={1: _run_s(runtime, rows, 1)}, independence=figure
+        )
     shared = numerics == "bounded" or figure.kind == "exact"
     run_s = _times(runtime, rows, admitted.max_batch_rows if shared else 1)
     figure = _every_size(admitted, max(run_s))
-    most = figure.batch_sizes[-1]
+    together = figure.batch_sizes[-1]
+    slice_rows = together if shared else most
     if numerics == "exact" and figure.kind == "bounded":
-        most = 1
-    run_s = {size: seconds for size, seconds in run_s.items() if size <= most}
+        together = 1
+    run_s = {size: seconds for size, seconds in run_s.items() if size <= together}
+    if figure.kind == "exact":
+        slice_rows = _slice_rows(together, run_s)
     inline_rows = max((size for size, seconds in run_s.items() if seconds < INLINE_RUN_S), default=0)
-    return Batching(max_rows=most, inline_rows=inline_rows, run_s=run_s, independence=figure)
+    return Batching(max_rows=together, slice_rows=slice_rows, inline_rows=inline_rows, run_s=run_s, independence=figure)
+
+
+def _slice_rows(together: int, run_s: dict[int, float]) -> int:
+    """A power of two times what runs together."""
+    rows, most = max(run_s.items())
+    slice_rows = together
+    while 2 * slice_rows * most / rows < SLICE_S and 2 * slice_rows <= MOST_SLICE_ROWS:
+        slice_rows *= 2
+    return slice_rows
 
 
 def _times(runtime: Runtime, rows: Sequence[NDArray[Any]], max_rows: int) -> dict[int, float]:

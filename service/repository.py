@@ -567,24 +567,27 @@ def _load(
         reason = f"not admitted: admission broke on it ({printable(first_line(error))}); the log has the traceback"
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
     statistics = Statistics()
+    rows, run_s = min(batching.run_s.items())
+    sample = admitted.sample(rows)
     coalescer = Coalescer(
         admitted.runtime,
         max_rows=batching.max_rows,
+        slice_rows=batching.slice_rows,
         inline_rows=batching.inline_rows,
         max_waiting_rows=settings.max_queue_rows,
         max_waiting_bytes=settings.max_queue_bytes,
         max_wait_s=settings.max_queue_s or math.inf,
         row_s=batching.row_s,
+        sample=sample,
         statistics=statistics,
     )
-    rows, run_s = min(batching.run_s.items())
     live = Live(
         name=found.name,
         version=found.version,
         admitted=admitted,
         batching=batching,
         coalescer=coalescer,
-        canary=Canary(coalescer, admitted.sample(rows), run_s=run_s),
+        canary=Canary(coalescer, sample, run_s=run_s),
         statistics=statistics,
         reader=SampleReader(admitted.signature) if admitted.signature.features is not None else None,
     )

@@ -95,6 +95,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def stop(self) -> None:
+        """End the run that is under way, if there is one and it can be; from any thread. It raises then."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -217,6 +221,7 @@ class OnnxRuntime:
         """
         self._threads = threads or 1
         self._deadline = deadline or Deadline()
+        self._stopped = False
         self._session = _session(model, placement, self._threads, optimisation)
         self._provider: str = self._session.get_providers()[0]
         if self._provider != placement.provider:
@@ -253,6 +258,8 @@ class OnnxRuntime:
         return self._threads
 
     def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        if self._stopped and not self._deadline.passed:  # that was another run
+            self._stopped = self._deadline.options.terminate = False
         try:
             if self._bound:
                 return self._run_bound(tensors)
@@ -261,10 +268,13 @@ class OnnxRuntime:
             )
         except (InvalidArgument, Fail, RuntimeException) as error:
             self._deadline.check()
-            if "memory" in str(error):  # of the machine, or of the GPU
+            if self._stopped or "memory" in str(error):  # of the machine, or of the GPU
                 raise
             raise RowsRejected(first_line(error)) from error
         return outputs
+
+    def stop(self) -> None:
+        self._stopped = self._deadline.options.terminate = True
 
     def _run_bound(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         binding = self._session.io_binding()

@@ -42,7 +42,10 @@ class Settings(BaseSettings):
         description="What is live of a model: 'latest', 'latest:N', or by name: 'latest credit=3,7 fraud=latest:2'.",
     )
     reload_s: float = Field(
-        default=1.0, ge=0, description="How often the folder is looked at for new versions; 0 is never, `load` only."
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="How often the folder is looked at for new versions; 0 is never, `load` only.",
     )
     numerics: Numerics = Field(
         default="exact",
@@ -53,20 +56,28 @@ class Settings(BaseSettings):
     max_queue_s: float = Field(
         default=0.25,
         ge=0,
+        allow_inf_nan=False,
         description="The longest expected wait, at the measured rate; more get 429, but 32 requests may always wait. "
         "0 is no limit.",
     )
     max_reading_bytes: int = Field(
         default=256 * 2**20, ge=1, description="The most bytes of bodies being read, two at least; more get 429."
     )
-    timeout_s: float = Field(default=30.0, ge=0, description="How long a caller waits who does not say; 0 is no limit.")
+    timeout_s: float = Field(
+        default=30.0, ge=0, allow_inf_nan=False, description="How long a caller waits who does not say; 0 is no limit."
+    )
     shutdown_delay_s: float = Field(
-        default=2.0, ge=0, description="After SIGTERM, how long it is not ready and answers all the same."
+        default=2.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="After SIGTERM, how long it is not ready and answers all the same.",
     )
     max_connections: int = Field(
         default=10_000, ge=1, description="The most open connections of a worker; idle ones give way to new ones."
     )
-    admission_limit_s: float = Field(default=60.0, gt=0, description="How long the admission of one version may take.")
+    admission_limit_s: float = Field(
+        default=60.0, gt=0, allow_inf_nan=False, description="How long the admission of one version may take."
+    )
     body_limit_bytes: int = Field(default=32 * 2**20, ge=1, description="The largest request body that is read.")
     keys_file: Path | None = Field(
         default=None, description="API keys with their rights, made with 'evalmode key'; without it none are needed."

@@ -66,7 +66,11 @@ class Statistics:
         self._failed_ns += whole_ns
 
     def ran(self, rows: int, requests: int, *, input_ns: int, infer_ns: int, output_ns: int) -> None:
-        """A batch was stacked, run and split."""
+        """A batch was stacked, run and split.
+
+        Args:
+            requests: that began in it; none for a further slice of one.
+        """
         self._last_run_ms = time.time_ns() // 1_000_000
         batches = self._batches.get(rows)
         if batches is None:
@@ -78,9 +82,10 @@ class Statistics:
         batches.output_ns += output_ns
         each = self._requests_ns
         each.requests += requests
-        each.input_ns += input_ns * requests
-        each.infer_ns += infer_ns * requests
-        each.output_ns += output_ns * requests
+        times = requests or 1
+        each.input_ns += input_ns * times
+        each.infer_ns += infer_ns * times
+        each.output_ns += output_ns * times
         batch_rows, compute, compute_ns = (
             self.counts.batch_rows,
             self.counts.compute_ns,

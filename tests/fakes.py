@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -15,7 +14,7 @@ from service.signature import TensorSpec
 
 @final
 class FakeRuntime:
-    """Answers `y = 2 x` for x: float32[batch, 3]; notes each batch; can be slow and can choke on a value.
+    """Answers `y = 2 x` for x: float32[batch, 3]; notes each batch; can be slow, be stopped and choke on a value.
 
     It sleeps without giving way, as a real session computes, so a call on the event loop is felt.
     """
@@ -32,13 +31,19 @@ class FakeRuntime:
         """Set when the first batch has begun."""
         self.run_s = run_s
         self._chokes_on = chokes_on
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        self._stop.set()
 
     def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         (x,) = tensors
+        self._stop.clear()
         self.batches.append(x.shape[0])
         self.started.set()
         self.ran_on.add(threading.get_ident())
-        time.sleep(self.run_s)
+        if self._stop.wait(self.run_s):
+            raise RuntimeError("stopped")
         if self._chokes_on is not None and (x == self._chokes_on).any():
             raise RuntimeError(f"cannot compute {self._chokes_on}")
         return [x * np.float32(2)]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from service.errors import (
@@ -34,6 +35,9 @@ _JSON_TYPES: dict[str, tuple[frozenset[type], str]] = {
     "f": (frozenset({int, float}), "numbers"),
     "O": (frozenset({str}), "strings"),
 }
+_AT_ONCE = 2**16
+"""So many numbers are written in some milliseconds, in which no other thread runs."""
+
 _LENGTH = struct.Struct("<I")
 
 
@@ -54,18 +58,30 @@ def from_json(spec: TensorSpec, data: list[Any], shape: Sequence[int]) -> NDArra
     if list in types:
         data = _flattened(spec, data, shape)
         types = set(map(type, data))
-    allowed, plural = _JSON_TYPES[spec.dtype.kind]
-    if not types <= allowed:
-        i = next(i for i, value in enumerate(data) if type(value) not in allowed)
-        if plural == "integers" and type(data[i]) is float and not -(2.0**63) < data[i] < 2.0**64:
-            raise _out_of_range(spec, i, data[i])  # a parser makes a float of an integer of more than 64 bits
-        raise WrongType(what=f"value {i} of input '{spec.name}'", got=data[i], want=f"{plural} ({spec.datatype})")
+    if not types <= _JSON_TYPES[spec.dtype.kind][0]:
+        raise fault_among(spec, data)
     check_count(spec, len(data), shape)
     try:
         array = from_floats(data) if spec.datatype == "FP32" else np.array(data, dtype=spec.dtype)
     except OverflowError:
         raise _first_out_of_range(spec, data) from None
     return array.reshape(shape)
+
+
+def fault_among(spec: TensorSpec, values: list[Any], at: int = 0) -> WrongType | OutOfRange:
+    """What is wrong with the first value that is not one of the datatype; there is one.
+
+    Args:
+        at: where in the tensor they begin.
+    """
+    allowed, plural = _JSON_TYPES[spec.dtype.kind]
+    i = next((i for i, value in enumerate(values) if type(value) not in allowed), None)
+    if i is None:
+        return _first_out_of_range(spec, values, at)
+    if plural == "integers" and type(values[i]) is float and not -(2.0**63) < values[i] < 2.0**64:
+        return _out_of_range(spec, at + i, values[i])  # a parser makes a float of an integer of more than 64 bits
+    what = f"value {at + i} of input '{spec.name}'"
+    return WrongType(what=what, got=values[i], want=f"{plural} ({spec.datatype})")
 
 
 def from_floats(values: list[Any]) -> NDArray[np.float32]:
@@ -93,14 +109,24 @@ def from_numbers(spec: TensorSpec, numbers: NDArray[Any], shape: Sequence[int]) 
         fits = not numbers.size or bool(low <= int(numbers.min()) and int(numbers.max()) <= high)
         array = numbers.astype(dtype, copy=False)
     if not fits:
-        raise _first_out_of_range(spec, numbers.tolist())
+        low, high = _limits(dtype)
+        i = int(np.argmin((numbers >= low) & (numbers <= high)))
+        raise _out_of_range(spec, i, numbers[i].item())
     return array.reshape(shape)
 
 
 def to_json(array: NDArray[Any]) -> Any:
     """What the serialiser writes as the flat `data` of an output."""
     flat = array.reshape(-1)
-    return flat.tolist() if array.dtype.kind == "O" else np.ascontiguousarray(flat)
+    if array.dtype.kind == "O":
+        return flat.tolist()
+    flat = np.ascontiguousarray(flat)
+    if flat.size <= _AT_ONCE:
+        return flat
+    parts = [flat[i : i + _AT_ONCE] for i in range(0, flat.size, _AT_ONCE)]
+    return orjson.Fragment(
+        b"[%b]" % b",".join([orjson.dumps(it, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1] for it in parts])
+    )
 
 
 def from_bytes(spec: TensorSpec, content: memoryview, shape: Sequence[int]) -> NDArray[Any]:
@@ -198,10 +224,10 @@ def _texts(spec: TensorSpec, content: memoryview, count: int) -> list[str]:
     return texts
 
 
-def _first_out_of_range(spec: TensorSpec, values: list[Any]) -> OutOfRange:
+def _first_out_of_range(spec: TensorSpec, values: list[Any], at: int = 0) -> OutOfRange:
     low, high = _limits(spec.dtype)
     i = next((i for i, value in enumerate(values) if not low <= value <= high), 0)
-    return _out_of_range(spec, i, values[i])
+    return _out_of_range(spec, at + i, values[i])
 
 
 def _out_of_range(spec: TensorSpec, i: int, value: float) -> OutOfRange:

@@ -36,6 +36,7 @@ from service.errors import (
 from service.protocol import Answer, Body
 from service.protocol.elements import (
     check_count,
+    fault_among,
     from_bytes,
     from_floats,
     from_json,
@@ -45,7 +46,7 @@ from service.protocol.elements import (
     to_json,
 )
 from service.protocol.json import BINARY_FOR_NAN, check_keys, parsed
-from service.protocol.large_json import LARGE_BYTES, parsed_large
+from service.protocol.large_json import LARGE_BYTES, Flawed, parsed_large
 from service.repository import Live
 from service.signature import Accepted, Signature, TensorSpec, accept_tensors, fits
 
@@ -262,6 +263,8 @@ def _tensor(spec: TensorSpec, tensor: Mapping[str, Any], blobs: _Blobs) -> NDArr
         return from_bytes(spec, blobs.take(spec.name, size), shape)
     if type(data) is list:
         return from_json(spec, data, shape)
+    if type(data) is Flawed:
+        raise fault_among(spec, data.values, data.at)
     if type(data) is np.ndarray:
         check_count(spec, data.size, shape)
         return from_numbers(spec, data, shape)

@@ -166,6 +166,9 @@ def test_independence_notices_one_bit() -> None:
         provider = "leaky"
         threads = 1
 
+        def stop(self) -> None:
+            pass
+
         def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
             return [tensors[0] + np.float32(2e-7) * tensors[0].sum()]
 
@@ -183,6 +186,9 @@ def test_independence_sees_a_leak_from_a_single_row() -> None:
         outputs = admitted(plain(graphs.batchnorm_model())).runtime.outputs
         provider = "leaky"
         threads = 1
+
+        def stop(self) -> None:
+            pass
 
         def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
             y = tensors[0].copy()
@@ -203,6 +209,9 @@ def test_rounding_otherwise_in_company_is_admitted_with_its_figure(by: float, ki
         outputs = FakeRuntime.outputs
         provider = "rounding"
         threads = 1
+
+        def stop(self) -> None:
+            pass
 
         def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
             return [tensors[0] * np.float32(1 if len(tensors[0]) == 1 else 1 + by)]

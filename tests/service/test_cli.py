@@ -162,3 +162,11 @@ def test_without_an_engine_it_says_what_to_install(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "pip install 'evalmode[service]'" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["timeout_s", "max_queue_s", "shutdown_delay_s", "admission_limit_s", "reload_s"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_time_is_a_number(name: str, value: str) -> None:
+    """One without an end is 0 where that can be meant; infinity used to break every prediction."""
+    with pytest.raises(ValueError, match="finite number"):
+        Settings(**{name: value})  # type: ignore[arg-type]

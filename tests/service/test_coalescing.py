@@ -290,6 +290,9 @@ class LosesRows:
 
     inputs, outputs, provider, threads = FakeRuntime.inputs, FakeRuntime.outputs, "losing", 1
 
+    def stop(self) -> None:
+        pass
+
     def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         (x,) = tensors
         return [x[x[:, 0] > 0]]
@@ -613,3 +616,164 @@ def test_a_stuck_engine_keeps_nobody_waiting_beyond_the_deadline() -> None:
     asyncio.run(scenario())
     assert len(told) == 2
     assert runtime.batches == [1, 1]
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_large_request_runs_in_slices_and_others_go_in_between(inline: bool) -> None:
+    """It gets the rows of all of them in their order; who came meanwhile does not wait for its end."""
+    runtime = FakeRuntime(run_s=0.01)
+
+    async def scenario() -> list[str]:
+        coalescer = Coalescer(runtime, max_rows=4, slice_rows=4, inline_rows=4 if inline else 0)
+        x = np.arange(66, dtype=np.float32).reshape(22, 3)
+        order: list[str] = []
+        large = submitted(coalescer, Accepted((x,), 22))
+        large.add_done_callback(lambda _: order.append("large"))
+        await asyncio.to_thread(runtime.started.wait)
+        small = submitted(coalescer, accepted(1))
+        small.add_done_callback(lambda _: order.append("small"))
+        await small
+        computed = await large
+        assert computed.outputs[0].tobytes() == (2 * x).tobytes()
+        assert computed.compute_ns > 0.05e9
+        assert (coalescer.waiting_rows, coalescer._waiting_bytes, coalescer._busy) == (0, 0, False)
+        return order
+
+    assert asyncio.run(scenario()) == ["small", "large"]
+    assert max(runtime.batches) == 4
+    assert sum(runtime.batches) == 23
+
+
+def test_a_large_request_that_nobody_wants_any_more_is_not_computed_to_its_end() -> None:
+    """By time or because its client left; it hears that it had begun."""
+    for left in (False, True):
+        runtime = FakeRuntime(run_s=0.02)
+
+        async def scenario(runtime: FakeRuntime = runtime, left: bool = left) -> None:
+            coalescer = Coalescer(runtime, max_rows=1, slice_rows=1, inline_rows=0)
+            soon_ns = None if left else time.perf_counter_ns() + 50_000_000
+            gone = threading.Event()
+            large = submitted(coalescer, accepted(1, rows=1000), expires_ns=soon_ns, gone=gone.is_set)
+            await asyncio.sleep(0.05)
+            gone.set() if left else None
+            with pytest.raises(ClientLeft if left else DeadlineExceeded) as refused:
+                await large
+            assert left or "while it was computed; send fewer rows" in str(refused.value)
+            await submitted(coalescer, accepted(2))
+
+        asyncio.run(scenario())
+        assert len(runtime.batches) < 10
+
+
+def test_the_memory_of_a_large_request_counts_while_it_waits_for_its_next_slice() -> None:
+    runtime = FakeRuntime(run_s=0.05)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=2, slice_rows=2, inline_rows=0, max_waiting_bytes=1000)
+        first = submitted(coalescer, accepted(1))
+        await asyncio.to_thread(runtime.started.wait)
+        large = submitted(coalescer, accepted(2, rows=82))
+        with pytest.raises(QueueFull, match="at most 1000 bytes may wait"):
+            submitted(coalescer, accepted(3, rows=2))
+        assert coalescer.waiting_rows == 2
+        large.cancel()
+        await first
+
+    asyncio.run(scenario())
+
+
+def test_a_run_that_nobody_waits_for_is_ended() -> None:
+    """The engine is free again long before the run would have come to its end by itself."""
+    runtime = FakeRuntime(run_s=60)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=2, inline_rows=0)
+        soon_ns = time.perf_counter_ns() + 20_000_000
+        late, patient = submitted(coalescer, accepted(1), expires_ns=soon_ns), submitted(coalescer, accepted(2))
+        await asyncio.to_thread(runtime.started.wait)
+        with pytest.raises(DeadlineExceeded, match="while it was computed"):
+            await late
+        coalescer.drop_late()
+        await asyncio.sleep(0.05)
+        assert coalescer._in_thread  # somebody still waits
+        patient.cancel()
+        runtime.run_s = 0
+        coalescer.drop_late()
+        await asyncio.wait_for(submitted(coalescer, accepted(3)), timeout=5)
+
+    asyncio.run(scenario())
+    assert runtime.batches == [2, 1]
+
+
+def test_a_model_that_is_stuck_does_not_hold_up_another() -> None:
+    """Nor what runs in the threads of the event loop: each model has a thread of its own."""
+    stuck = [FakeRuntime(run_s=60) for _ in range(40)]
+
+    async def scenario() -> None:
+        coalescers = [Coalescer(runtime, max_rows=1, inline_rows=0) for runtime in stuck]
+        asked = [submitted(coalescer, accepted(1)) for coalescer in coalescers]
+        await asyncio.wait_for(asyncio.to_thread(lambda: [it.started.wait() for it in stuck]), timeout=10)
+        quick = Coalescer(FakeRuntime(), max_rows=1, inline_rows=0)
+        await asyncio.wait_for(submitted(quick, accepted(2)), timeout=10)
+        for runtime in stuck:
+            runtime.stop()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+def test_whoever_left_makes_room_though_no_time_is_ever_over() -> None:
+    """Without deadlines, and while the engine is stuck."""
+    runtime = FakeRuntime(run_s=60)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=1, inline_rows=0)
+        runs, waits = submitted(coalescer, accepted(1)), submitted(coalescer, accepted(2))
+        await asyncio.to_thread(runtime.started.wait)
+        waits.cancel()
+        coalescer.drop_late()
+        assert coalescer.waiting_rows == 0
+        runtime.stop()
+        await asyncio.gather(runs, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_model_goes_on_after_a_count_that_breaks(inline: bool) -> None:
+    """Who was in that batch is told, and the next is computed."""
+
+    async def scenario() -> None:
+        statistics = Statistics()
+        coalescer = Coalescer(FakeRuntime(), max_rows=4, inline_rows=4 if inline else 0, statistics=statistics)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Statistics, "ran", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await asyncio.wait_for(submitted(coalescer, accepted(1)), timeout=5)
+        await asyncio.wait_for(submitted(coalescer, accepted(2)), timeout=5)
+
+    asyncio.run(scenario())
+
+
+class Rejects(LosesRows):
+    """Blames the rows, as an engine without its GPU does."""
+
+    def __init__(self, rejected: Callable[[float], bool]) -> None:
+        self._rejected = rejected
+
+    def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        if self._rejected(float(tensors[0][0, 0])):
+            raise RowsRejected("CUDA failure 700")
+        return [tensors[0]]
+
+
+@pytest.mark.parametrize(("rejected", "blamed"), [(lambda x: x == 3, RowsRejected), (lambda _: True, RuntimeError)])
+def test_who_asks_is_not_blamed_for_a_broken_engine(rejected: Callable[[float], bool], blamed: type[Exception]) -> None:
+    """One that cannot compute either what it was admitted with is ours, and logged."""
+
+    async def scenario() -> None:
+        coalescer = Coalescer(Rejects(rejected), max_rows=4, inline_rows=4, sample=accepted(1))
+        with pytest.raises(blamed):
+            await submitted(coalescer, accepted(3))
+
+    asyncio.run(scenario())

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from service.errors import RequestError
-from service.protocol import v2
+from service.protocol import json as json_module
+from service.protocol import large_json, v2
 from service.protocol.json import count
 from service.protocol.large_json import LARGE_BYTES, parsed_large
 from service.repository import Live
@@ -30,10 +32,12 @@ def live(*inputs: tuple[str, str, int]) -> Live:
     return model  # type: ignore[no-any-return]  # as much of a Live as parsing looks at
 
 
-def outcome(model: Live, body: bytes, large_bytes: int) -> tuple[object, ...]:
+def outcome(model: Live, body: bytes, large_bytes: int, *, pieces: bool = False) -> tuple[object, ...]:
     """Everything that parsing says of a body, with numbers by their bits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(v2, "LARGE_BYTES", large_bytes)
+        patch.setattr(large_json, "CUT_BYTES", 0 if pieces else ORDINARY)
+        patch.setattr(large_json, "_PIECE_BYTES", 4)
         try:
             request = v2.parse(model, body)
         except RequestError as refused:
@@ -146,6 +150,7 @@ def test_a_good_request_has_the_same_tensors_by_either_way(request_: tuple[Live,
     ordinary = outcome(model, text.encode(), ORDINARY)
     assert isinstance(ordinary[0], list), "the request was meant to be good"
     assert outcome(model, text.encode(), QUICK) == ordinary
+    assert outcome(model, text.encode(), QUICK, pieces=True) == ordinary
 
 
 @settings(max_examples=150)
@@ -153,6 +158,7 @@ def test_a_good_request_has_the_same_tensors_by_either_way(request_: tuple[Live,
 def test_a_request_with_a_fault_is_refused_in_the_same_words(request_: tuple[Live, str]) -> None:
     model, text = request_
     assert outcome(model, text.encode(), QUICK) == outcome(model, text.encode(), ORDINARY)
+    assert outcome(model, text.encode(), QUICK, pieces=True) == outcome(model, text.encode(), ORDINARY)
 
 
 PIECES = [
@@ -336,3 +342,44 @@ def test_counting_is_counting(text: bytes, times: int, character: bytes) -> None
     """Of few and of many, in short texts and in long ones."""
     whole = text * times
     assert count(whole, character) == whole.count(character)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "data", "said"),
+    [
+        ("FP32", "1.5," * 300_000 + "1", None),
+        ("FP32", "1," * 600_000 + "true", "value 600000 of input 'x' is the boolean true; it takes numbers (FP32)"),
+        ("INT8", "1," * 600_000 + "1.5,1", "value 600000 of input 'x' is the number 1.5; it takes integers (INT8)"),
+        ("INT8", "1," * 600_000 + "200", "value 600000 of input 'x' is 200, which is out of range"),
+        ("FP32", "1," * 600_000 + ",1", "not valid JSON"),
+        ("FP32", "1," * 600_000, "not valid JSON"),
+    ],
+)
+def test_a_long_list_is_read_in_pieces(datatype: str, data: str, said: str | None) -> None:
+    """No parser is given all of it at once, unless it is not JSON; what is wrong is found where it is."""
+    model, whole = live(("x", datatype, 1)), []
+    count_ = data.count(",") + 1
+
+    def loads(body: bytes) -> Any:
+        whole.append(len(body))
+        return orjson.loads(body)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large_json, "CUT_BYTES", 2**20)
+        patch.setattr(json_module, "orjson", SimpleNamespace(loads=loads, JSONDecodeError=orjson.JSONDecodeError))
+        body = body_of(datatype, [count_], f"[{data}]").encode()
+        if said is None:
+            assert v2.parse(model, body).accepted.tensors[0].tolist() == [1.5] * 300_000 + [1.0]
+        else:
+            with pytest.raises(RequestError) as refused:
+                v2.parse(model, body)
+            assert said in str(refused.value)
+    assert bool(whole) == (said == "not valid JSON")
+
+
+def test_what_looks_like_the_mark_of_a_list_is_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A string is never taken for data, and a string with brackets in it stays one."""
+    monkeypatch.setattr(large_json, "CUT_BYTES", 2**20)
+    long = "[" + "1," * 600_000 + "1]"
+    body = body_of("FP32", [1], "[1]", more=f', "id": "{long}"').encode()
+    assert v2.parse(live(("x", "FP32", 1)), body).id == long

@@ -37,6 +37,9 @@ class Rehearsed:
         self._off_at = off_at
         self._off_by = off_by
 
+    def stop(self) -> None:
+        pass
+
     def run(self, tensors: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         size = tensors[0].shape[0]
         self.sizes.append(size)
@@ -71,7 +74,7 @@ def test_a_size_that_admission_did_not_try_and_that_rounds_otherwise_is_found(nu
     passed = admitted(Rehearsed(off_at=11))
     assert passed.independence.kind == "exact"  # it tried 1, 2, 3, 7 and 16
     batching = rehearse(passed, numerics)
-    assert batching.max_rows == together
+    assert (batching.max_rows, batching.slice_rows) == (together, 16)
     assert batching.independence.kind == "bounded"
     assert batching.independence.bound > 0
 
@@ -88,7 +91,7 @@ def test_what_a_row_takes_is_read_off_the_largest_batch() -> None:
     """Where rows may not share a batch that is one row, and where a batch is of a fixed size that one."""
     figure = rehearse(admitted(Rehearsed()), "exact").independence
     for run_s, row_s in (({1: 0.02, 2: 0.021, 16: 0.032}, 0.002), ({1: 0.02}, 0.02), ({4: 0.02}, 0.005)):
-        assert Batching(max_rows=16, inline_rows=0, run_s=run_s, independence=figure).row_s == row_s
+        assert Batching(max_rows=16, slice_rows=16, inline_rows=0, run_s=run_s, independence=figure).row_s == row_s
 
 
 def test_sizes_for_which_there_is_no_time_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +115,8 @@ def test_company_must_not_cost_more_than_it_saves(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("shape", "max_rows", "inline"),
-    [([4, 3], 1, 4), (["batch", "time"], 1, 0), ([1, "time"], 1, 0), (["batch", 3], 16, 16)],
+    ("shape", "max_rows", "slice_rows", "inline"),
+    [([4, 3], 1, 4, 4), (["batch", "time"], 1, 16, 0), ([1, "time"], 1, 1, 0), (["batch", 3], 16, 16, 16)],
     ids=[
         "a fixed batch runs as it is",
         "rows of any length run alone, in a thread",
@@ -121,6 +124,16 @@ def test_company_must_not_cost_more_than_it_saves(monkeypatch: pytest.MonkeyPatc
         "rows of one shape run together",
     ],
 )
-def test_what_may_run_together(shape: Sequence[Any], max_rows: int, inline: int) -> None:
+def test_what_may_run_together(shape: Sequence[Any], max_rows: int, slice_rows: int, inline: int) -> None:
     batching = rehearse(admit(plain(relu(shape)), place("cpu"), threads=1, max_batch_rows=16), "exact")
     assert (batching.max_rows, batching.inline_rows) == (max_rows, inline)
+    assert batching.slice_rows == slice_rows or (batching.slice_rows > slice_rows == 16 and max_rows == 16)
+
+
+def test_a_large_request_runs_in_slices_that_are_long_enough_and_not_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of a tiny network is not worth a turn of its own, nor 64 of them; where rows round in company it is as many
+    as that was shown for."""
+    for row_s, off_at, slice_rows in ((1e-4, 0, 128), (0.0, 0, 2**16), (0.005, 0, 16), (1e-4, 11, 16)):
+        runtime = Rehearsed(row_s=row_s, off_at=off_at)
+        monkeypatch.setattr(rehearsal, "time", SimpleNamespace(perf_counter=lambda r=runtime: r.clock_s))
+        assert rehearse(admitted(runtime), "exact").slice_rows == slice_rows

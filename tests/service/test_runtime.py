@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+import threading
+import time
 import warnings
 
 import numpy as np
@@ -111,3 +114,22 @@ def test_shapes_that_do_not_fit_each_other_are_the_callers() -> None:
 
 def test_at_least_one_cpu_is_usable() -> None:
     assert usable_cpus() >= 1
+
+
+def test_a_run_that_is_under_way_can_be_ended_and_the_next_is_not() -> None:
+    """Nobody is told that the values were wrong: they were not."""
+    names = ["x", *[f"t{i}" for i in range(2000)], "y"]
+    nodes = [onnx.helper.make_node("Sin", [a], [b]) for a, b in itertools.pairwise(names)]
+    shape = ["batch", 8]
+    long = OnnxRuntime(
+        graphs.model(nodes, {}, x=(onnx.TensorProto.FLOAT, shape), y=shape).SerializeToString(), place("cpu"), threads=1
+    )
+    x = np.ones((500_000, 8), np.float32)
+    stop = threading.Timer(0.1, long.stop)
+    stop.start()
+    start_s = time.perf_counter()
+    with pytest.raises(Exception, match="terminate") as ended:
+        long.run([x])
+    assert not isinstance(ended.value, RowsRejected)
+    assert time.perf_counter() - start_s < 10
+    assert long.run([x[:1]])[0].shape == (1, 8)
