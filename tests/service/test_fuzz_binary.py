@@ -7,10 +7,13 @@ of the binary tensors in the order in which they stand in it, little-endian, str
 from __future__ import annotations
 
 import json
+import random
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -23,6 +26,7 @@ from service.signature import DATATYPES, Accepted, TensorSpec
 from tests.fuzzing import (
     AS_LONG_AS_IT_TAKES,
     NUMBERS,
+    ONE_FAULT,
     TO_BYTES,
     TO_JSON,
     Changes,
@@ -100,9 +104,9 @@ class Message(NamedTuple):
 
 
 @st.composite
-def messages(draw: st.DrawFn) -> Message:
-    """A good message: its tensors in any order, in bytes or in JSON."""
-    name = draw(st.sampled_from(list(MODELS)))
+def messages(draw: st.DrawFn, of: Sequence[str] = tuple(MODELS)) -> Message:
+    """A good message for one of these models: its tensors in any order, in bytes or in JSON."""
+    name = draw(st.sampled_from(of))
     signature = MODELS[name].admitted.signature
     rows = draw(st.integers(1, 3))
     tensors: list[dict[str, Any]] = []
@@ -120,7 +124,9 @@ def messages(draw: st.DrawFn) -> Message:
             tensor["parameters"] = {"binary_data_size": len(blob)}
             blobs += blob
         tensors.append(tensor)
-    head = json.dumps({"inputs": tensors, "parameters": {"binary_data_output": True}}) + " " * draw(st.integers(0, 7))
+    half = any(spec.datatype == "FP16" for spec in signature.outputs)
+    more = {"parameters": {"binary_data_output": True}} if half or draw(st.booleans()) else {}
+    head = json.dumps({"inputs": tensors, **more}) + " " * draw(st.integers(0, 7))
     return Message(name, head.encode(), blobs)
 
 
@@ -134,6 +140,61 @@ def change_a_size(head: bytes, a: int, b: int) -> bytes:
     size = sizes[a % len(sizes)]
     to = str(int(size[1]) + b % 9 - 4) if b % 3 else NUMBERS[b % len(NUMBERS)]
     return head[: size.start(1)] + to.encode() + head[size.end(1) :]
+
+
+def resize(message: Message, a: int, b: int) -> Message:
+    """More or fewer bytes for a binary tensor, as the JSON says."""
+    sizes = list(_SIZE.finditer(message.head))
+    if not sizes:
+        return message
+    i = a % len(sizes)
+    end = sum(int(size[1]) for size in sizes[: i + 1])
+    size = int(sizes[i][1])
+    gone = min(b % 5, size)
+    more = (b"", b"\0\0\0\0", b"\1\0\0\0a", b"\2", b"\xff" * 4)[b // 5 % 5]
+    head = message.head[: sizes[i].start(1)] + b"%d" % (size - gone + len(more)) + message.head[sizes[i].end(1) :]
+    return Message(message.name, head, message.blobs[: end - gone] + more + message.blobs[end:])
+
+
+def say_data_too(message: Message, a: int, b: int) -> Message:
+    """Beside the size of a binary tensor."""
+    data = (b"[]", b"null", b"[1]", b"{}", b"[1, 2, 3]")[b % 5]
+    head = message.head.replace(
+        b'"parameters": {"binary_data_size"', b'"data": %b, "parameters": {"binary_data_size"' % data
+    )
+    return message._replace(head=head)
+
+
+def change_a_byte(message: Message, a: int, b: int) -> Message:
+    """Often one of the first, where lengths of strings are."""
+    if not message.blobs:
+        return message
+    at = a // 2 % (8 if a % 2 else len(message.blobs)) % len(message.blobs)
+    return message._replace(blobs=message.blobs[:at] + bytes([b % 256]) + message.blobs[at + 1 :])
+
+
+def add_bytes(message: Message, a: int, b: int) -> Message:
+    return message._replace(blobs=message.blobs + bytes(b % 5))
+
+
+def lose_bytes(message: Message, a: int, b: int) -> Message:
+    return message._replace(blobs=message.blobs[: -1 - b % 5])
+
+
+def say_another_size(message: Message, a: int, b: int) -> Message:
+    return message._replace(head=change_a_size(message.head, a, b))
+
+
+def change_the_json(message: Message, a: int, b: int) -> Message:
+    return message._replace(head=ONE_FAULT[a // 16 % len(ONE_FAULT)](message.head, a, b))
+
+
+FAULTS = (resize, resize, say_data_too, change_a_byte, add_bytes, lose_bytes, say_another_size, change_the_json)
+
+
+def faults(seed: int) -> tuple[Callable[[Message, int, int], Message], int, int]:
+    generator = random.Random(seed)
+    return generator.choice(FAULTS), generator.randrange(2**20), generator.randrange(2**20)
 
 
 def of_all_readers(live: Live, body: bytes, json_bytes: int | None) -> Any:
@@ -185,7 +246,21 @@ def test_a_good_message_means_what_it_says(message: Message) -> None:
     check_meaning(message.live, body, json_bytes, read)
 
 
-@fuzzed(200)
+@pytest.mark.parametrize("name", MODELS)
+@fuzzed(30)
+@given(st.data(), st.lists(st.integers(0, 2**24 - 1).map(faults), min_size=8, max_size=8))
+def test_one_fault_in_a_message_is_found_by_all_readers(name: str, data: st.DataObject, each: list[Any]) -> None:
+    """For every model: bytes too few, too many or elsewhere, strings that end elsewhere, a BOOL that is 2, data too."""
+    good = data.draw(messages([name]))
+    for change, a, b in each:
+        message = change(good, a, b)
+        body, json_bytes = message.head + message.blobs, len(message.head)
+        read = of_all_readers(message.live, body, json_bytes)
+        if isinstance(read, Read):
+            check_meaning(message.live, body, json_bytes, read)
+
+
+@fuzzed(100)
 @given(
     messages(),
     st.lists(

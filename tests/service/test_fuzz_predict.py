@@ -29,7 +29,22 @@ from tests.bundles import (
     probabilities,
     write_table_bundle,
 )
-from tests.fuzzing import AS_LONG_AS_IT_TAKES, TO_JSON, Changes, changed, changes, fuzzed
+from tests.fuzzing import (
+    AS_LONG_AS_IT_TAKES,
+    TO_JSON,
+    Changes,
+    add_a_pair,
+    change_case,
+    changed,
+    changes,
+    fuzzed,
+    give_twice,
+    leave_out,
+    nest,
+    put_a_number,
+    put_a_value,
+    swap,
+)
 from tests.service.test_fuzz_json import Refused, in_words, strictly
 
 pytestmark = AS_LONG_AS_IT_TAKES
@@ -41,6 +56,8 @@ def credit(tmp_path_factory: pytest.TempPathFactory) -> Live:
     write_table_bundle(models, name="credit")
     return loaded(models).live("credit")
 
+
+ONE_FAULT = (put_a_number, put_a_value, put_a_value, add_a_pair, give_twice, leave_out, nest, swap, change_case)
 
 NUMBERS = ["41", "0", "-0", "2500.5", "1e3", "1E-7", "5e-324", "16777217", "-12.25", "18446744073709551616", "3e38"]
 AMOUNTS = [*NUMBERS, "null"]
@@ -144,7 +161,15 @@ def test_a_good_sample_is_answered_as_the_network_computes(credit: Live, sample:
     assert check(credit, sample.encode())
 
 
-@fuzzed(250)
+@fuzzed(100)
+@given(samples(), st.lists(changes(ONE_FAULT, most=1), min_size=8, max_size=8))
+def test_one_fault_in_a_sample_is_found_either_way(credit: Live, sample: str, each: list[Changes]) -> None:
+    """A feature missing, misspelt, twice or of another type, one too many, a number too large."""
+    for made in each:
+        check(credit, changed(sample.encode(), made))
+
+
+@fuzzed(120)
 @given(samples(), st.lists(changes(TO_JSON), min_size=6, max_size=6))
 def test_a_damaged_sample_is_refused_or_means_what_it_says(credit: Live, sample: str, each: list[Changes]) -> None:
     """Read at once or feature by feature: the same tensors, or a refusal in the same words."""
@@ -156,3 +181,11 @@ def test_a_damaged_sample_is_refused_or_means_what_it_says(credit: Live, sample:
 @given(st.binary(max_size=60) | st.text(max_size=40).map(str.encode))
 def test_anything_is_refused_in_words(credit: Live, body: bytes) -> None:
     assert not check(credit, body)
+
+
+@pytest.mark.parametrize("row", [[np.nan, 1.0], [np.inf, 0.0], [np.inf, -np.inf]])
+def test_an_answer_that_is_no_number_is_refused(credit: Live, row: list[float]) -> None:
+    """This network is too tame to give one."""
+    request = predict.parse(credit, json.dumps(SAMPLE).encode())
+    with pytest.raises(NotFinite):
+        request.render([np.array([row], dtype=np.float32)])
