@@ -7,6 +7,7 @@ import gc
 import shutil
 from pathlib import Path
 from time import perf_counter_ns
+from typing import Any
 from weakref import ref
 
 import onnx
@@ -19,6 +20,7 @@ from service.repository import Entry, Repository, load
 from service.runtime import place
 from service.settings import Settings
 from service.signature import Accepted
+from service.trial import Trials, Tried
 from tests import graphs
 from tests.asking import ask
 from tests.bundles import golden_rows, write_table_bundle
@@ -257,11 +259,13 @@ def test_what_is_being_loaded_is_in_the_index(tmp_path: Path, monkeypatch: pytes
     def index() -> list[tuple[str, str]]:
         return [(one["version"], one["state"]) for one in ask(repository, "POST", "/v2/repository/index").json()]
 
-    def trying(*_: object) -> str:
-        seen.append(index())
-        return "refused for the test" if len(seen) > 2 else ""
+    really_tried = Trials.tried
 
-    monkeypatch.setattr("service.repository.tried", trying)
+    def trying(trials: Trials, *facts: Any) -> Tried:
+        seen.append(index())
+        return Tried(reason="refused for the test") if len(seen) > 2 else really_tried(trials, *facts)
+
+    monkeypatch.setattr(Trials, "tried", trying)
     entries = repository.admit("credit")
     assert index() == [("2", "LOADING"), ("1", "READY")]
     repository.swap("credit", entries)
@@ -280,10 +284,10 @@ def test_a_load_that_breaks_is_no_load_any_more(tmp_path: Path, monkeypatch: pyt
     repository = loaded(tmp_path)
     write_table_bundle(tmp_path, name="credit", version="2")
 
-    def breaking(*_: object) -> str:
+    def breaking(*_: object) -> Tried:
         raise OSError("no more processes")
 
-    monkeypatch.setattr("service.repository.tried", breaking)
+    monkeypatch.setattr(Trials, "tried", breaking)
     with pytest.raises(OSError, match="no more processes"):
         repository.admit("credit")
     assert repository.loading == set()
