@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -79,6 +80,11 @@ class Server:
                 each.append(_holding(one))
         return Held(tuple(each))
 
+    def has_started(self, workers: int) -> bool:
+        """Each process has its event loop; of several workers, also the one that starts them and the spare."""
+        processes = [self.process, *self.process.children()]
+        return len(processes) == (1 if workers == 1 else workers + 2) and all(map(_has_loop, processes))
+
     def held_when(self, settled: Callable[[Held], bool], *, within_s: float = SETTLED_S) -> Held:
         """What it holds as soon as that is so; or what it still holds after that time."""
         until_s = time.monotonic() + within_s
@@ -87,6 +93,13 @@ class Server:
             if settled(held) or time.monotonic() > until_s:
                 return held
             time.sleep(0.1)
+
+
+def _has_loop(process: psutil.Process) -> bool:
+    try:
+        return any("eventpoll" in os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir())
+    except OSError:  # it opens and closes files
+        return False
 
 
 def _holding(process: psutil.Process) -> Holding:
@@ -118,7 +131,9 @@ def serving(models: Path, *, workers: int, log: Path, options: Sequence[str] = O
                 raise SystemExit(f"the server ended with {process.returncode}: {said[-1000:]}")
             time.sleep(0.05)
         address = next(line for line in said.splitlines() if line.startswith("serving at"))
-        yield Server(int(address.rsplit(":", 1)[1]), psutil.Process(process.pid))
+        server = Server(int(address.rsplit(":", 1)[1]), psutil.Process(process.pid))
+        server.held_when(lambda _: server.has_started(workers))
+        yield server
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=20)
