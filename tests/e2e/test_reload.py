@@ -87,7 +87,7 @@ def resident_mb(pids: set[int]) -> float:
     return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * 4096 / 2**20
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("reloads", [pytest.param(5, id="short"), pytest.param(30, id="long", marks=pytest.mark.slow)])
 def test_no_request_notices_a_reload(serve: Serve, tmp_path: Path, workers: int, reloads: int) -> None:
