@@ -61,7 +61,7 @@ class Computed:
 
     __slots__ = (
         "accepted",
-        "bytes_of",
+        "bytes",
         "compute_ns",
         "counted",
         "error",
@@ -85,8 +85,8 @@ class Computed:
         self.accepted = accepted
         self.counted = counted
         """It is in the statistics."""
-        self.bytes_of = accepted
-        """What it keeps in memory: of a slice, the whole request."""
+        self.bytes = 0
+        """That it keeps in memory while it waits: of a slice, those of the whole request."""
         self.further = False
         """It is a slice, and not the first."""
         self.tell = tell
@@ -101,11 +101,6 @@ class Computed:
         self.queue_ns = 0
         self.compute_ns = 0
         """Of the whole batch that it ran in."""
-
-    @property
-    def bytes(self) -> int:
-        """That it keeps in memory."""
-        return sum([tensor.nbytes for tensor in self.bytes_of.tensors])
 
 
 Tell = Callable[[Computed], None]
@@ -217,6 +212,7 @@ class Coalescer:
             if _wanted(request, request.since_ns):
                 self._run_inline([request])
             return
+        request.bytes = sum([tensor.nbytes for tensor in accepted.tensors])
         self._check_room(request)
         self._enter(request if accepted.rows <= self._slice_rows else self._first_slice(request))
         if expires_ns is not None and expires_ns < self._alarm_ns and expires_ns - request.since_ns <= LITTLE_TIME_NS:
@@ -428,8 +424,8 @@ class _Slices:
         whole, start = self._whole, self._done_rows
         end = min(start + self._rows, whole.accepted.rows)
         rows = Accepted(tuple([tensor[start:end] for tensor in whole.accepted.tensors]), end - start)
-        request = Computed(rows, self._tell, whole.expires_ns, whole.gone)
-        request.bytes_of = whole.accepted
+        request = Computed(rows, self._tell, whole.expires_ns, whole.gone, whole.counted)
+        request.bytes = whole.bytes
         request.further = start > 0
         return request
 
