@@ -23,6 +23,9 @@ SETTLED_S = 15.0
 """So long may it take until what clients left behind is gone."""
 
 
+REST_S = 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
     """What one process holds."""
@@ -85,6 +88,12 @@ class Server:
         processes = [self.process, *self.process.children()]
         return len(processes) == (1 if workers == 1 else workers + 2) and all(map(_has_loop, processes))
 
+    def rest(self) -> None:
+        """Wait until no process opens or closes a file any more."""
+        before = -1
+        while before != (before := self.held().descriptors):
+            time.sleep(REST_S)
+
     def held_when(self, settled: Callable[[Held], bool], *, within_s: float = SETTLED_S) -> Held:
         """What it holds as soon as that is so; or what it still holds after that time."""
         until_s = time.monotonic() + within_s
@@ -133,6 +142,7 @@ def serving(models: Path, *, workers: int, log: Path, options: Sequence[str] = O
         address = next(line for line in said.splitlines() if line.startswith("serving at"))
         server = Server(int(address.rsplit(":", 1)[1]), psutil.Process(process.pid))
         server.held_when(lambda _: server.has_started(workers))
+        server.rest()
         yield server
     finally:
         process.send_signal(signal.SIGINT)

@@ -37,6 +37,9 @@ LAST_VERSION_S = 60.0
 """So long may the last version be tried, in a process of its own, on a machine that has other work too."""
 
 CONNECTIONS = 20
+CERTAIN = 2.0
+"""Standard errors by which a growth has to be beyond what is allowed."""
+
 SLOPE_MB = 1.0
 """The most that a process may grow in 100,000 requests to the service, where there were so many; else `GROWTH_MB`."""
 
@@ -55,11 +58,14 @@ class Grown:
     """To the service in that time."""
     slope_mb: float
     """Of its own memory in 100,000 of them, by least squares."""
+    error_mb: float
+    """The standard error of that: each version that is admitted takes memory for a while, and gives it back."""
 
     @property
     def row(self) -> str:
         return (
-            f"{self.half.own_mb:.1f} -> {self.end.own_mb:.1f} MB of its own, {self.slope_mb:+.2f} in 100,000 requests; "
+            f"{self.half.own_mb:.1f} -> {self.end.own_mb:.1f} MB of its own, "
+            f"{self.slope_mb:+.2f} ± {self.error_mb:.2f} in 100,000 requests; "
             f"descriptors {self.begun.descriptors} -> {self.end.descriptors}; "
             f"threads {self.begun.threads} -> {self.end.threads}"
         )
@@ -67,7 +73,7 @@ class Grown:
     @property
     def faults(self) -> list[str]:
         found = []
-        growth_mb, allowed_mb = self.slope_mb, SLOPE_MB
+        growth_mb, allowed_mb = self.slope_mb - CERTAIN * self.error_mb, SLOPE_MB
         if self.requests < 100_000:
             growth_mb, allowed_mb = self.end.own_mb - self.half.own_mb, GROWTH_MB
         if growth_mb > allowed_mb:
@@ -158,6 +164,15 @@ def _counted(statuses: Counter[str]) -> str:
     return ", ".join(f"{status}: {count:,}" for status, count in sorted(statuses.items()))
 
 
+def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Of the line of least squares, and its standard error, which two points have none of."""
+    line = np.polyfit(x, y, 1)
+    if len(x) < 3:
+        return float(line[0]), 0.0
+    variance = np.square(np.asarray(y) - np.polyval(line, x)).sum() / (len(x) - 2)
+    return float(line[0]), float(np.sqrt(variance / np.square(np.asarray(x) - np.mean(x)).sum()))
+
+
 def grown(samples: Sequence[Sample], *, since_s: float) -> list[Grown]:
     """Each process that is in every sample since then.
 
@@ -165,6 +180,7 @@ def grown(samples: Sequence[Sample], *, since_s: float) -> list[Grown]:
         samples: the first of them before the first request, the last after the last answer.
     """
     begun, late = samples[0].held.each, [sample for sample in samples if sample.at_s >= since_s]
+    serving_one = max(begun[1:] or begun, key=lambda one: one.own_mb)  # the spare has no models
     by_pid = [{one.pid: one for one in sample.held.each} for sample in late]
     stayed = [pid for pid in by_pid[-1] if all(pid in held for held in by_pid)]
     found = []
@@ -172,14 +188,16 @@ def grown(samples: Sequence[Sample], *, since_s: float) -> list[Grown]:
         lives = [held[pid] for held in by_pid]
         supervises = len(begun) > 1 and pid == begun[0].pid
         requests = [sample.requests / 100_000 for sample in late]
+        slope_mb, error_mb = slope(requests, [one.own_mb for one in lives])
         found.append(
             Grown(
                 role="supervisor" if supervises else "worker",
-                begun=begun[0] if supervises else begun[-1],
+                begun=begun[0] if supervises else serving_one,
                 half=lives[0],
                 end=lives[-1],
                 requests=late[-1].requests - late[0].requests,
-                slope_mb=float(np.polyfit(requests, [one.own_mb for one in lives], 1)[0]),
+                slope_mb=slope_mb,
+                error_mb=error_mb,
             )
         )
     return found

@@ -11,7 +11,7 @@ from benchmarks.chaos.chaos import POOL_THREADS
 from benchmarks.chaos.client import Cause, Failure
 from benchmarks.chaos.server import Held, Holding
 from benchmarks.soak.disturbances import Sample
-from benchmarks.soak.soak import KILL_S, Report, grown
+from benchmarks.soak.soak import KILL_S, Report, grown, slope
 
 SUPERVISOR, KILLED, WORKER, LATER, TRIAL = range(1, 6)
 
@@ -90,3 +90,9 @@ def test_what_a_process_may_not_do(last: Holding, requests: int, fault: str | No
     samples = [sample(0, 0, holding(WORKER)), sample(10, 0, holding(WORKER)), sample(20, requests, last)]
     found = report(samples=samples).faults
     assert [fault in said for said in found] == [True] if fault else found == []
+
+
+def test_a_slope_is_as_certain_as_the_points_are_close_to_it() -> None:
+    """The textbook's formula, with numbers that were computed by hand."""
+    assert slope([0, 1, 2, 3], [1, 3, 2, 4]) == pytest.approx((0.8, 0.4242640687))
+    assert slope([0, 2], [1, 5]) == pytest.approx((2, 0))
