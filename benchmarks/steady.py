@@ -35,6 +35,8 @@ RESULT = Path(__file__).parent / "results" / "steady.json"
 MODELS = 50
 ROUNDS = 5
 IDLE_S = 10
+SLOW_LAYERS = 250
+"""Half a second and more, on two cores."""
 JSON_HEADERS = {"Content-Type": "application/json"}
 
 
@@ -94,7 +96,7 @@ def images(root: Path) -> dict[str, float]:
 
 
 def health_beside_a_slow_model(root: Path) -> dict[str, float]:
-    with serving(saved(root, "slow", dense([4000] * 60))) as (port, _):
+    with serving(saved(root, "slow", dense([4000] * SLOW_LAYERS))) as (port, _):
         run_s: list[float] = []
         slow = threading.Thread(target=lambda: run_s.extend(ask(port, "slow", np.ones((1, 4000), np.float32), 3)))
         slow.start()
@@ -145,15 +147,19 @@ def get_s(port: int, path: str) -> float:
 def serving(path: Path) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     command = [shutil.which("evalmode", path=str(Path(sys.executable).parent)) or "evalmode", "serve", str(path)]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(
+            [*command, "--port", "0", "--admission-limit-s", "600"], stdout=subprocess.PIPE, stderr=log, text=True
+        )
         try:
             assert process.stdout is not None
+            said = []
             for line in process.stdout:
+                said.append(line)
                 if line.startswith("serving at"):
                     yield int(line.rsplit(":", 1)[1]), process
                     return
             log.seek(0)
-            raise SystemExit(f"{path} was not served:\n{log.read()}")
+            raise SystemExit(f"{path} was not served:\n{''.join(said)}{log.read()}")
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(timeout=20)
@@ -179,7 +185,7 @@ def dense(widths: Sequence[int]) -> onnx.ModelProto:
     """Gemm and ReLU; layers of the same shape share one weight."""
     generator = np.random.default_rng(1)
     shapes = sorted(set(itertools.pairwise(widths)))
-    weights = {f"w{a}x{b}": generator.normal(0, a**-0.5, (a, b)).astype(np.float32) for a, b in shapes}
+    weights = {f"w{a}x{b}": generator.normal(0, (2 / a) ** 0.5, (a, b)).astype(np.float32) for a, b in shapes}
     nodes, name = [], "x"
     for layer, (a, b) in enumerate(itertools.pairwise(widths)):
         nodes += [

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from benchmarks.environment import environment
 from benchmarks.serving import chart, report
+from benchmarks.serving.beside import echo_beside
 from benchmarks.serving.installing import EVALMODE, CannotInstall, installed, versions
 from benchmarks.serving.measuring import Settings, measured_in_process, measured_run, now, steps
 from benchmarks.serving.records import Measured
@@ -110,25 +111,32 @@ def _measure(
     settings: Settings,
     out: Path,
 ) -> None:
-    plan = list(steps(workloads, servers, settings.rounds))
-    began = time.perf_counter()
-    in_process_done: set[tuple[str, int]] = set()
-    for done, (workload, round_number, server) in enumerate(plan):
-        left = (time.perf_counter() - began) / done * (len(plan) - done) if done else None
-        remaining = f"about {left / 60:.0f} min left" if left else ""
-        console.print(
-            f"[bold]{workload.name}, round {round_number + 1} of {settings.rounds}, {server.title}[/bold]"
-            f"  ({done + 1} of {len(plan)}; {remaining})"
-        )
-        if (workload.name, round_number) not in in_process_done:
-            in_process_done.add((workload.name, round_number))
-            measured.in_process += measured_in_process(workload, round_number, settings.seconds)
-        measured.runs.append(
-            measured_run(
-                workload, round_number, server, programs=programs[server.peer], settings=settings, tell=console.print
-            )
-        )
-        measured.save(out / "serving.json")
+    plan = {workload.name: list(steps(workload, servers, settings.rounds)) for workload in workloads}
+    began, done, total = time.perf_counter(), 0, sum(map(len, plan.values()))
+    for workload in workloads:
+        with echo_beside(workload, programs=programs[ECHO]) as echo:
+            for round_number, server in plan[workload.name]:
+                left = (time.perf_counter() - began) / done * (total - done) if done else None
+                remaining = f"about {left / 60:.0f} min left" if left else ""
+                console.print(
+                    f"[bold]{workload.name}, round {round_number + 1} of {settings.rounds}, {server.title}[/bold]"
+                    f"  ({done + 1} of {total}; {remaining})"
+                )
+                if server.name == EVALMODE:  # which is held against it
+                    measured.in_process += measured_in_process(workload, round_number, settings.seconds)
+                measured.runs.append(
+                    measured_run(
+                        workload,
+                        round_number,
+                        server,
+                        programs=programs[server.peer],
+                        echo=echo,
+                        settings=settings,
+                        tell=console.print,
+                    )
+                )
+                measured.save(out / "serving.json")
+                done += 1
 
 
 def _environments(peers: list[str], measured: Measured) -> dict[str, Path]:

@@ -44,10 +44,10 @@ def draw(summary: Summary, file: Path) -> bool:
 
 
 def shares(summary: Summary) -> dict[str, dict[int, Spread]]:
-    """For each server that has a figure, by its title, the ratio to the echo; the best last."""
+    """For each server that has a figure, by its title, the share of the echo beside it; the best last."""
     found = {}
     for server in SERVERS:
-        ratios = {count: summary.ratio(WORKLOAD, server.name, ECHO, count) for count in CONNECTIONS}
+        ratios = {count: summary.share(WORKLOAD, server.name, count) for count in CONNECTIONS}
         if known := {count: ratio for count, ratio in ratios.items() if ratio}:
             found[server.title] = known
     return dict(sorted(found.items(), key=lambda it: it[1][max(it[1])].median))

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from benchmarks.serving import in_process
 from benchmarks.serving.answers import Client, WrongAnswer
+from benchmarks.serving.beside import Echo
 from benchmarks.serving.installing import EVALMODE
 from benchmarks.serving.load import WARM_UP_S, WrkFailed, driven, write_bodies
 from benchmarks.serving.process import DidNotStart, Running, free_port, machine_cpu_s
 from benchmarks.serving.records import Cell, InProcess, Run
 from benchmarks.serving.servers import ECHO, Server
 from benchmarks.serving.wire import Wire, constant
-from benchmarks.serving.workloads import BUILD, CROWD, Workload
+from benchmarks.serving.workloads import BUILD, CROWD, USUAL, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +34,11 @@ class Settings:
     """In place of each workload's own."""
 
     def connections_of(self, workload: Workload, server: Server) -> tuple[int, ...]:
-        crowd = (CROWD,) if workload.crowd and server.name == EVALMODE else ()
-        return (self.connections or workload.connections) + crowd
+        usual = self.connections or workload.connections
+        if not workload.crowd or server.name != EVALMODE:
+            return usual
+        after = usual.index(USUAL) + 1  # held against each other, so measured one after the other
+        return (*usual[:after], CROWD, *usual[after:])
 
 
 Tell = Callable[[str], None]
@@ -46,19 +50,23 @@ def turned(servers: Sequence[Server], round_number: int) -> list[Server]:
     return [*servers[start:], *servers[:start]]
 
 
-def steps(
-    workloads: Sequence[Workload], servers: Sequence[Server], rounds: int
-) -> Iterator[tuple[Workload, int, Server]]:
-    """What is measured, in order."""
-    for workload in workloads:
-        taking_part = [server for server in servers if isinstance(server.asked[workload.name], Wire)]
-        for round_number in range(rounds):
-            for server in turned(taking_part, round_number):
-                yield workload, round_number, server
+def steps(workload: Workload, servers: Sequence[Server], rounds: int) -> Iterator[tuple[int, Server]]:
+    """Rounds and servers, in the order in which they are measured."""
+    taking_part = [server for server in servers if isinstance(server.asked[workload.name], Wire)]
+    for round_number in range(rounds):
+        for server in turned(taking_part, round_number):
+            yield round_number, server
 
 
 def measured_run(
-    workload: Workload, round_number: int, server: Server, *, programs: Path, settings: Settings, tell: Tell
+    workload: Workload,
+    round_number: int,
+    server: Server,
+    *,
+    programs: Path,
+    echo: Echo,
+    settings: Settings,
+    tell: Tell,
 ) -> Run:
     """One server in one round."""
     wire = server.asked[workload.name]
@@ -79,7 +87,7 @@ def measured_run(
             client.check_all()
             for connections in settings.connections_of(workload, server):
                 driven(url, bodies, connections=connections, seconds=WARM_UP_S)
-                cell = _cell(running, url, bodies, connections, settings.seconds)
+                cell = _cell(running, echo, url, bodies, connections, settings.seconds)
                 cells.append(cell)
                 tell(f"{connections:>5} connections  {_said(cell)}")
     except (DidNotStart, WrongAnswer, WrkFailed) as error:
@@ -103,20 +111,24 @@ def measured_in_process(workload: Workload, round_number: int, seconds: int) -> 
     ]  # fmt: skip
 
 
-def _cell(running: Running, url: str, bodies: Path, connections: int, seconds: int) -> Cell:
+def _cell(running: Running, echo: Echo, url: str, bodies: Path, connections: int, seconds: int) -> Cell:
+    echo_before = echo.requests_per_s(connections)
     began, before_s, machine_before_s = time.perf_counter(), running.cpu_s(), machine_cpu_s()
     load = driven(url, bodies, connections=connections, seconds=seconds)
     used_s, machine_s = running.cpu_s() - before_s, machine_cpu_s() - machine_before_s
+    took_s = time.perf_counter() - began
+    memory_mb = running.pss_mb()
     return Cell(
         connections=connections,
         requests=load.requests,
         requests_per_s=load.requests_per_s,
+        echo_per_s=(echo_before + echo.requests_per_s(connections)) / 2,
         p50_ms=load.p50_ms,
         p99_ms=load.p99_ms,
         p999_ms=load.p999_ms,
         cpu_s_per_1000=used_s / max(load.requests, 1) * 1000,
-        memory_mb=running.pss_mb(),
-        strangers_cpus=max(0.0, machine_s - used_s - load.cpu_s) / (time.perf_counter() - began),
+        memory_mb=memory_mb,
+        strangers_cpus=max(0.0, machine_s - used_s - load.cpu_s) / took_s,
         errors=load.non_2xx + load.socket_errors,
     )
 

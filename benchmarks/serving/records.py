@@ -19,6 +19,8 @@ class Cell:
     connections: int
     requests: int
     requests_per_s: float
+    echo_per_s: float
+    """Of the echo at as many connections: the mean of just before and just after."""
     p50_ms: float
     p99_ms: float
     p999_ms: float
@@ -28,6 +30,11 @@ class Cell:
     """CPUs that were busy with neither the server nor wrk: of a quiet machine near 0."""
     errors: int
     """Answers that were not 2xx, and socket errors."""
+
+    @property
+    def share(self) -> float:
+        """Of what the echo did beside it."""
+        return self.requests_per_s / self.echo_per_s
 
     @property
     def valid(self) -> bool:

@@ -21,7 +21,8 @@ PACKAGES = {  # the package whose version a peer's own is
 }  # fmt: skip
 IN_PROCESS = "`session.run`, no server"
 OPENING = f"""\
-Claimed are the ratios to the bare echo of the same round: the median of the rounds, with the least and the most.
+Claimed are the shares of what a bare echo does, driven just before and just after: the median of the rounds, with the
+least and the most. Two servers are compared by their shares. The echo's own row tells how exact that is.
 Absolute figures belong to this machine. Every server runs the same ONNX file with one worker, and before it was timed
 its answers to every sample were onnxruntime's, within {SAME_ANSWER:g} of the row's largest number. wrk sends different
 samples in turn (64 rows, 8 images). A cell with an answer other than 2xx or a socket error is invalid and shown as
@@ -102,12 +103,12 @@ def _row(summary: Summary, workload: str, server: Server, connections: int) -> l
     cells = summary.cells(workload, server.name, connections).values()
     fewest = min(cell.requests for cell in cells)
     invalid = summary.invalid(workload, server.name, connections)
-    ratio = summary.ratio(workload, server.name, ECHO, connections)
+    share = summary.share(workload, server.name, connections)
     first = summary.first_answer_s(workload, server.name)
     return [
         f"**{server.title}**" if server.name == EVALMODE else server.title,
         str(connections),
-        invalid or str(ratio or ""),
+        invalid or str(share or ""),
         shown(lambda cell: cell.requests_per_s, 0),
         shown(lambda cell: cell.p50_ms, 2),
         shown(lambda cell: cell.p99_ms, 2, requests_needed=100),

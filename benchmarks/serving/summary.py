@@ -1,6 +1,7 @@
 """Medians over rounds, and ratios within a round: what can be said of what was measured.
 
-Rule 1: a ratio divides two figures of the same round; then the median over rounds is taken, and least and most kept.
+Rule 1: a ratio divides two figures of the same round, and of two servers their shares of the echo beside each; then the
+median over rounds is taken, and least and most kept.
 Rule 2: a cell that was invalid in any round has no figures; the others do not speak for it.
 Rule 3: nothing here reads a clock or a file.
 """
@@ -72,13 +73,15 @@ class Summary:
         return spread(figure(cell) for cell in self.cells(workload, server, connections).values())
 
     def ratio(self, workload: str, server: str, other: str, connections: int) -> Spread | None:
-        """Requests per second of one server by those of another."""
+        """Requests per second of one server by those of another, at the same speed of the machine."""
         if self.invalid(workload, server, connections) or self.invalid(workload, other, connections):
             return None
         ours, theirs = (self.cells(workload, name, connections) for name in (server, other))
-        return spread(
-            ours[i].requests_per_s / theirs[i].requests_per_s for i in ours.keys() & theirs.keys()
-        )  # fmt: skip
+        return spread(ours[i].share / theirs[i].share for i in ours.keys() & theirs.keys())
+
+    def share(self, workload: str, server: str, connections: int) -> Spread | None:
+        """Requests per second by those of the echo beside it."""
+        return self.figure(workload, server, connections, lambda cell: cell.share)
 
     def growth(self, workload: str, server: str, fewer: int, more: int, figure: Figure) -> Spread | None:
         """A figure at more connections by the same at fewer."""

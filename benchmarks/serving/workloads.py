@@ -30,6 +30,7 @@ BUILD = ROOT / "build" / "bench"
 SAME_ANSWER = 1e-5
 
 ALL_CONNECTIONS = (1, 8, 32, 128)
+USUAL = 32
 FEW_CONNECTIONS = (1, 8)
 CROWD = 1024
 """Connections in the one cell that only evalmode is led into."""

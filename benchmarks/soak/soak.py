@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmarks.chaos.chaos import GROWTH_MB, POOL_THREADS, prepared
 from benchmarks.chaos.client import Cause, Drawn, Failure, Outcome, send_all
 from benchmarks.chaos.requests import attempt
-from benchmarks.chaos.server import Holding, serving
+from benchmarks.chaos.server import Held, Holding, serving
 from benchmarks.soak.disturbances import (
     BURST_EVERY_S,
     KILL_EVERY_S,
@@ -173,34 +173,45 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return float(line[0]), float(np.sqrt(variance / np.square(np.asarray(x) - np.mean(x)).sum()))
 
 
-def grown(samples: Sequence[Sample], *, since_s: float) -> list[Grown]:
+def grown(samples: Sequence[Sample], *, since_s: float, workers: int) -> list[Grown]:
     """Each process that is in every sample since then.
 
     Args:
         samples: the first of them before the first request, the last after the last answer.
     """
-    begun, late = samples[0].held.each, [sample for sample in samples if sample.at_s >= since_s]
-    serving_one = max(begun[1:] or begun, key=lambda one: one.own_mb)  # the spare has no models
+    begun, late = _roles(samples[0].held, workers), [sample for sample in samples if sample.at_s >= since_s]
     by_pid = [{one.pid: one for one in sample.held.each} for sample in late]
-    stayed = [pid for pid in by_pid[-1] if all(pid in held for held in by_pid)]
     found = []
-    for pid in stayed:
-        lives = [held[pid] for held in by_pid]
-        supervises = len(begun) > 1 and pid == begun[0].pid
-        requests = [sample.requests / 100_000 for sample in late]
-        slope_mb, error_mb = slope(requests, [one.own_mb for one in lives])
+    for role, one in _roles(late[-1].held, workers):
+        if not all(one.pid in held for held in by_pid):
+            continue
+        lives = [held[one.pid] for held in by_pid]
+        slope_mb, error_mb = slope([sample.requests / 100_000 for sample in late], [life.own_mb for life in lives])
         found.append(
             Grown(
-                role="supervisor" if supervises else "worker",
-                begun=begun[0] if supervises else serving_one,
+                role=role,
+                begun=next((before for role_before, before in begun if role_before == role), one),
                 half=lives[0],
-                end=lives[-1],
+                end=one,
                 requests=late[-1].requests - late[0].requests,
                 slope_mb=slope_mb,
                 error_mb=error_mb,
             )
         )
     return found
+
+
+def _roles(held: Held, workers: int) -> list[tuple[str, Holding]]:
+    """One worker is alone; of several the spare holds least, as it has no models."""
+    if workers == 1:
+        return [("worker", one) for one in held.each]
+    supervisor, *below = held.each
+    below = sorted(below, key=lambda one: -one.own_mb)
+    return [
+        ("supervisor", supervisor),
+        *(("worker", one) for one in below[:workers]),
+        *(("spare", one) for one in below[workers:]),
+    ]
 
 
 def soak(folder: Path, *, minutes: float, seed: int, workers: int = 2) -> Report:
@@ -243,5 +254,5 @@ def soak(folder: Path, *, minutes: float, seed: int, workers: int = 2) -> Report
         turned=turning.answers,
         failures=[*outcome.failures, *turning.failures, *bursts.failures],
         killed_s=killing.at_s,
-        grown=grown(sampling.samples, since_s=half_s + KILL_EVERY_S),
+        grown=grown(sampling.samples, since_s=half_s + KILL_EVERY_S, workers=workers),
     )

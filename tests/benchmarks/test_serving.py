@@ -26,10 +26,12 @@ ABOUT = {
 }  # fmt: skip
 
 
-def cell(connections: int, per_s: float, *, p50_ms: float = 1.0, p99_ms: float = 2.0, errors: int = 0) -> Cell:
+def cell(
+    connections: int, per_s: float, *, echo: float = 1000, p50_ms: float = 1.0, p99_ms: float = 2.0, errors: int = 0
+) -> Cell:
     return Cell(
-        connections=connections, requests=int(per_s * 3), requests_per_s=per_s, p50_ms=p50_ms, p99_ms=p99_ms,
-        p999_ms=3.0, cpu_s_per_1000=0.1, memory_mb=50.0, strangers_cpus=0.1, errors=errors,
+        connections=connections, requests=int(per_s * 3), requests_per_s=per_s, echo_per_s=echo, p50_ms=p50_ms,
+        p99_ms=p99_ms, p999_ms=3.0, cpu_s_per_1000=0.1, memory_mb=50.0, strangers_cpus=0.1, errors=errors,
     )  # fmt: skip
 
 
@@ -66,19 +68,20 @@ def test_the_order_turns() -> None:
     assert sorted(it.name for it in turned(SERVERS, 3)) == sorted(it.name for it in SERVERS)
 
 
-def test_a_ratio_is_taken_within_a_round() -> None:
-    """A machine that was half as fast in a round changes no ratio; medians of each side would."""
-    found = summary(
-        run("echo", 0, cell(32, 1000)), run("evalmode", 0, cell(32, 600)),
-        run("echo", 1, cell(32, 500)), run("evalmode", 1, cell(32, 350)),
-        run("echo", 2, cell(32, 100)), run("evalmode", 2, cell(32, 65)),
-    ).ratio("dense", "evalmode", "echo", 32)  # fmt: skip
-    assert found == Spread(0.65, 0.6, 0.7, 3)
+def test_a_ratio_is_taken_at_the_same_speed_of_the_machine() -> None:
+    """A machine that was half as fast for one of the two, or in a whole round, changes no ratio."""
+    of = summary(
+        run("fastapi", 0, cell(32, 250, echo=1000)), run("evalmode", 0, cell(32, 750, echo=1000)),
+        run("fastapi", 1, cell(32, 125, echo=500)), run("evalmode", 1, cell(32, 875, echo=1000)),
+        run("fastapi", 2, cell(32, 50, echo=200)), run("evalmode", 2, cell(32, 162.5, echo=200)),
+    )  # fmt: skip
+    assert of.ratio("dense", "evalmode", "fastapi", 32) == Spread(3.25, 3.0, 3.5, 3)
+    assert of.share("dense", "evalmode", 32) == Spread(0.8125, 0.75, 0.875, 3)
 
 
 def test_a_round_that_one_side_missed_does_not_count() -> None:
-    of = summary(run("echo", 0, cell(1, 100)), run("echo", 1, cell(1, 100)), run("evalmode", 1, cell(1, 50)))
-    assert of.ratio("dense", "evalmode", "echo", 1) == Spread(0.5, 0.5, 0.5, 1)
+    of = summary(run("ray", 0, cell(1, 100)), run("ray", 1, cell(1, 100)), run("evalmode", 1, cell(1, 50)))
+    assert of.ratio("dense", "evalmode", "ray", 1) == Spread(0.5, 0.5, 0.5, 1)
 
 
 @pytest.mark.parametrize("bad", [cell(32, 900, errors=1), cell(32, 0)], ids=["an error", "no answer at all"])

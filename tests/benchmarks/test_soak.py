@@ -13,7 +13,7 @@ from benchmarks.chaos.server import Held, Holding
 from benchmarks.soak.disturbances import Sample
 from benchmarks.soak.soak import KILL_S, Report, grown, slope
 
-SUPERVISOR, KILLED, WORKER, LATER, TRIAL = range(1, 6)
+SUPERVISOR, KILLED, WORKER, LATER, SPARE, TRIAL = range(1, 7)
 
 
 def holding(pid: int, *, own_mb: float = 90.0, descriptors: int = 15, threads: int = 4) -> Holding:
@@ -26,14 +26,14 @@ def sample(at_s: float, requests: int, *each: Holding) -> Sample:
     return Sample(at_s, requests, Held(each))
 
 
-def report(*, failures: Sequence[Failure] = (), samples: Sequence[Sample] = ()) -> Report:
+def report(*, failures: Sequence[Failure] = (), samples: Sequence[Sample] = (), workers: int = 1) -> Report:
     return Report(
         minutes=1,
         statuses=Counter({"200": 9}),
         turned=Counter({"200": 1}),
         failures=failures,
         killed_s=[100.0],
-        grown=grown(samples, since_s=10.0) if samples else [],
+        grown=grown(samples, since_s=10.0, workers=workers) if samples else [],
     )
 
 
@@ -56,21 +56,23 @@ def test_a_kill_explains_that_there_was_no_answer_and_nothing_else(failure: Fail
 
 def test_processes_that_stay_are_followed_each_for_itself() -> None:
     """Not the one that was killed, nor one that came and went; whoever took a place is held against the one before."""
-    first = sample(0, 0, holding(SUPERVISOR, own_mb=40, descriptors=9), holding(KILLED), holding(WORKER))
+    supervisor, spare = holding(SUPERVISOR, own_mb=40, descriptors=9), holding(SPARE, own_mb=54, threads=2)
     one = report(
         samples=[
-            first,
-            sample(10, 1000, holding(SUPERVISOR, own_mb=40), holding(WORKER), holding(LATER), holding(TRIAL)),
-            sample(20, 2000, holding(SUPERVISOR, own_mb=40), holding(WORKER, own_mb=91), holding(LATER)),
-            sample(30, 3000, holding(SUPERVISOR, own_mb=40, descriptors=9), holding(WORKER, own_mb=92), holding(LATER)),
-        ]
+            sample(0, 0, supervisor, spare, holding(KILLED), holding(WORKER)),
+            sample(10, 1000, supervisor, holding(WORKER), holding(LATER), holding(TRIAL), spare),
+            sample(20, 2000, supervisor, holding(WORKER, own_mb=91), holding(LATER), spare),
+            sample(30, 3000, supervisor, spare, holding(WORKER, own_mb=92), holding(LATER)),
+        ],
+        workers=2,
     )
-    assert [(each.role, each.end.pid, each.requests) for each in one.grown] == [
-        ("supervisor", SUPERVISOR, 2000),
-        ("worker", WORKER, 2000),
-        ("worker", LATER, 2000),
+    assert [(each.role, each.end.pid, each.begun.pid, each.requests) for each in one.grown] == [
+        ("supervisor", SUPERVISOR, SUPERVISOR, 2000),
+        ("worker", WORKER, KILLED, 2000),
+        ("worker", LATER, KILLED, 2000),
+        ("spare", SPARE, SPARE, 2000),
     ]
-    assert [each.slope_mb for each in one.grown] == pytest.approx([0, 100, 0], abs=1e-6)
+    assert [each.slope_mb for each in one.grown] == pytest.approx([0, 100, 0, 0], abs=1e-6)
     assert one.faults == []
 
 

@@ -21,4 +21,4 @@ def test_nothing_is_wrong_and_nothing_is_lost(tmp_path: Path) -> None:
     assert len(report.killed_s) > 5
     assert report.turned["200"] > 100
     assert report.faults == []
-    assert [one.role for one in report.grown] == ["supervisor", "worker", "worker"]
+    assert [one.role for one in report.grown] == ["supervisor", "worker", "worker", "spare"]
