@@ -2,7 +2,8 @@
 
 Rule 1: sampled, it costs nothing that grows with the load: so many lines a second are written, the rest is told in one
         line at the end of that second. How many those were is known from what is counted anyhow.
-Rule 2: an error is not lost among answers: errors have their own share of the lines.
+Rule 2: an error is not lost among answers, nor a failure of the service among what callers did wrong, such as wrong
+        keys that somebody tries: each has its own share of the lines.
 Rule 3: who only asks whether the service lives and what it counted is told of only if all is, or if the answer is no.
 """
 
@@ -19,7 +20,7 @@ from service.watch import Ended
 AccessLogChoice = Literal["off", "errors", "sampled", "all"]
 
 LINES_S = 10
-"""Lines in a second, of answers, and as many again of errors."""
+"""Lines in a second of answers, and as many again of each of the two kinds of error."""
 
 _ASKED_OFTEN = ("/v2/health/", "/metrics", "/docs")
 
@@ -37,8 +38,7 @@ class AccessLog:
         """Answered predictions that were written or told of."""
         self._wake: Callable[[], None] = lambda: None
         self._lines_s = lines_s
-        self._answers_left = lines_s
-        self._errors_left = lines_s
+        self._left = _shares(lines_s)
         self._unwritten: dict[int, int] = {}
         """By status, in this second, without answered predictions."""
         self._second: asyncio.TimerHandle | None = None
@@ -49,26 +49,17 @@ class AccessLog:
     def wants_answer(self) -> bool:
         if self._choice == "all":
             return True
-        if self._choice != "sampled" or not self._answers_left:
+        if self._choice != "sampled" or not self._takes_line(200):
             return False
-        self._answers_left -= 1
         self._told += 1
-        self._begin_second()
         return True
 
     def wants(self, status: int, route: str) -> bool:
         if self._choice == "all":
             return True
-        if status < 400:
-            if self._choice != "sampled" or route.startswith(_ASKED_OFTEN):
-                return False
-            if self._answers_left:
-                self._answers_left -= 1
-                self._begin_second()
-                return True
-        elif self._errors_left:
-            self._errors_left -= 1
-            self._begin_second()
+        if status < 400 and (self._choice != "sampled" or route.startswith(_ASKED_OFTEN)):
+            return False
+        if self._takes_line(status):
             return True
         self._unwritten[status] = self._unwritten.get(status, 0) + 1
         return False
@@ -112,13 +103,19 @@ class AccessLog:
             self._second.cancel()
             self._end_second()
 
-    def _begin_second(self) -> None:
+    def _takes_line(self, status: int) -> bool:
+        """There is one left of this second's share."""
+        kind = _kind(status)
+        if not self._left[kind]:
+            return False
+        self._left[kind] -= 1
         if self._second is None:
             self._second = asyncio.get_running_loop().call_later(1.0, self._end_second)
+        return True
 
     def _end_second(self) -> None:
         self._second = None
-        self._answers_left = self._errors_left = self._lines_s
+        self._left = _shares(self._lines_s)
         unwritten, self._unwritten = self._unwritten, {}
         if self._choice == "sampled" and (answered := self._counts.answered - self._told):
             unwritten[200] = unwritten.get(200, 0) + answered
@@ -131,6 +128,15 @@ class AccessLog:
                 ", ".join(f"{status}: {count}" for status, count in sorted(unwritten.items())),
                 extra={"fields": {"unwritten": {str(status): count for status, count in sorted(unwritten.items())}}},
             )
+
+
+def _kind(status: int) -> int:
+    """2: an answer, 4: its caller's error, 5: the service's."""
+    return 2 if status < 400 else status // 100
+
+
+def _shares(lines_s: int) -> dict[int, int]:
+    return dict.fromkeys((2, 4, 5), lines_s)
 
 
 def _trace_id(traceparent: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from time import perf_counter_ns
 from typing import Any, final
 
-from service.access import Access
+from service.access import Access, is_open
 from service.bodies import Bodies, Held
 from service.errors import BodyTooLarge, ClientLeft, MethodNotAllowed, RequestError, ServerFull
 from service.page_headers import with_page_headers
@@ -103,6 +103,7 @@ class Application:
         began_ns = perf_counter_ns()
         given = request_id(headers)
         status = 500  # of whoever breaks before it answers
+        keyed = self.access.needs_keys and not is_open(scope["path"])
         head_only = scope["method"] == "HEAD"
         asked = {**scope, "method": "GET"} if head_only else scope
 
@@ -110,7 +111,8 @@ class Application:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*with_page_headers(message.get("headers", ())), (REQUEST_ID, given)]
+                said = with_page_headers(message.get("headers", ()), keyed=keyed)
+                message["headers"] = [*said, (REQUEST_ID, given)]
             elif head_only and message["type"] == "http.response.body":
                 message["body"] = b""
             await send(message)

@@ -45,12 +45,22 @@ class Canary:
         self._on_its_way = False
         self._told = asyncio.Event()
         self._error: Exception | None = None
+        self.answers = True
+        """When it was last asked."""
 
     async def check(self) -> None:
         """
         Raises:
             NotReady: the model does not answer, or cannot compute what it was admitted with.
         """
+        try:
+            await self._check()
+        except NotReady:
+            self.answers = False
+            raise
+        self.answers = True
+
+    async def _check(self) -> None:
         now_ns = perf_counter_ns()
         if now_ns - self._coalescer.ran_ns < LATELY_S * 1e9:
             self._since_ns = None

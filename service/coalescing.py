@@ -171,6 +171,8 @@ class Coalescer:
         self._waiting_bytes = 0
         self._in_thread: Sequence[Computed] = ()
         """The batch that runs there."""
+        self._unwanted_since_ns: int | None = None
+        """Since when nobody waits for it, and it was told to end; None: somebody does."""
         self._thread: ThreadPoolExecutor | None = None
         """One, of this model alone, made when it is needed: one that is stuck holds up no other. It ends with the
         coalescer."""
@@ -233,6 +235,11 @@ class Coalescer:
         in_time = self._max_wait_s * 1e9 / self._row_ns if self._row_ns else math.inf
         return int(min(self._max_waiting_rows, max(ALWAYS_WAIT, in_time)))
 
+    @property
+    def unwanted_s(self) -> float:
+        """How long a run has gone on since it was told to end, because nobody waits for it any more."""
+        return 0.0 if self._unwanted_since_ns is None else (perf_counter_ns() - self._unwanted_since_ns) / 1e9
+
     def drop_late(self) -> None:
         """Tell those whose time is over, also if the engine is stuck and no batch will ever be taken again."""
         now_ns = perf_counter_ns()
@@ -246,6 +253,8 @@ class Coalescer:
         wanted = [_wanted(request, now_ns, runs=True) for request in self._in_thread]
         if wanted and not any(wanted):
             self._runtime.stop()
+            if self._unwanted_since_ns is None:
+                self._unwanted_since_ns = now_ns
 
     def _set_alarm(self, at_ns: float) -> None:
         self._stop_alarm()
@@ -314,7 +323,7 @@ class Coalescer:
 
     def _run_in_thread(self, batch: Sequence[Computed]) -> None:
         def finish(_: object) -> None:
-            self._in_thread = ()
+            self._in_thread, self._unwanted_since_ns = (), None
             _answer(batch)
             self._go_on()
 

@@ -1,6 +1,7 @@
 """What this process has counted since its start, for whoever watches the service.
 
-Rule 1: nothing is forgotten. The statistics of the protocol begin at zero when a model is loaded anew; these go on.
+Rule 1: nothing is forgotten. The statistics of the protocol begin at zero when a model is loaded anew; these go on. But
+        versions that were replaced long ago are counted together, so that what is read does not grow with each new one.
 Rule 2: on the way of a prediction there are additions, and for each duration one search in a short list of bounds.
 Rule 3: no label is a word of a caller: a model is named if it was admitted, a route by its pattern.
 """
@@ -9,12 +10,18 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 from typing import final
 
 from service.policy import Judged
 from service.readings import DURATION_BOUNDS_NS, ROW_BOUNDS, Reading, Sample
+
+OLDER = "older"
+"""In place of a version: all that were replaced long ago."""
+
+MOST_REPLACED = 50
+"""Versions of a model that are live no more and still have a name."""
 
 
 @final
@@ -35,6 +42,11 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def join(self, other: Histogram) -> None:
+        """Of the same bounds."""
+        self.counts = [one + another for one, another in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
+
     @property
     def value(self) -> list[int]:
         return [*self.counts, self.sum]
@@ -53,6 +65,14 @@ class ModelCounts:
         self.queue_ns = Histogram(DURATION_BOUNDS_NS)
         self.compute_ns = Histogram(DURATION_BOUNDS_NS)
         self.batch_rows = Histogram(ROW_BOUNDS)
+
+    def join(self, other: ModelCounts) -> None:
+        for route, count in other.answered.items():
+            self.answered[route] = self.answered.get(route, 0) + count
+        self.duration_ns.join(other.duration_ns)
+        self.queue_ns.join(other.queue_ns)
+        self.compute_ns.join(other.compute_ns)
+        self.batch_rows.join(other.batch_rows)
 
 
 @final
@@ -90,6 +110,15 @@ class Counts:
     def of(self, model: str, version: str) -> ModelCounts:
         """Those of an admitted version: the same ones each time."""
         return self._models.setdefault((model, version), ModelCounts())
+
+    def join_older(self, model: str, live: Collection[str]) -> None:
+        """Count its versions that are live no more together, but for the last of them."""
+        replaced = [version for name, version in self._models if name == model and version not in {*live, OLDER}]
+        for version in replaced[:-MOST_REPLACED]:
+            self.of(model, OLDER).join(self._models.pop((model, version)))
+            for counted in (self._others, self._refusals):
+                for labels in [labels for labels in counted if labels[:2] == (model, version)]:
+                    counted[model, OLDER, labels[2], labels[3]] += counted.pop(labels)
 
     def ended(self, route: str, status: int, *, reason: str, model: str = "", version: str = "") -> None:
         """A request that is no answered prediction got this status.

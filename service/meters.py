@@ -18,6 +18,8 @@ _process = ProcessCollector(registry=None)
 def reading_of(repository: Repository) -> Reading:
     """Of a process that serves these models."""
     read: Reading = [*repository.counts.reading(), *process_reading(), ("evalmode_workers", (), 1)]
+    answers = all(live.canary.answers for live in repository.models)
+    read.append(("evalmode_ready", (), int(repository.ready and answers)))
     for live in repository.answering:
         read.append(("evalmode_queue_rows", (live.name, live.version), live.coalescer.waiting_rows))
     for live in repository.lives:

@@ -63,7 +63,6 @@ class _Page(Collector):
         self._reading = reading
 
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("evalmode_ready", "Whether a model is ready.", int(self._repository.ready))
         yield _build_info()
         yield _states(self._repository.entries)
         yield _models(self._repository.lives)

@@ -24,8 +24,16 @@ PAGE: Pairs = [
 """A page loads from this service alone, runs no script but its files, and is in nobody's frame."""
 
 
-def with_page_headers(said: Iterable[tuple[bytes, bytes]]) -> Pairs:
-    """The headers of an answer, and these."""
+NO_STORE = (b"cache-control", b"no-store")
+"""Of what a key opens nothing is kept: a cache does not know all the headers that a key comes in."""
+
+
+def with_page_headers(said: Iterable[tuple[bytes, bytes]], *, keyed: bool) -> Pairs:
+    """The headers of an answer, and these.
+
+    Args:
+        keyed: whoever asks has to bring a key.
+    """
     said = list(said)
     page = any(name == b"content-type" and value.startswith(b"text/html") for name, value in said)
-    return [*said, NOSNIFF, *(PAGE if page else ())]
+    return [*said, NOSNIFF, *(PAGE if page else ()), *([NO_STORE] if keyed else ())]

@@ -44,6 +44,11 @@ _MODEL = ("model", "version")
 _NS = 1e-9
 
 FAMILIES: dict[str, Family] = {
+    "evalmode_ready": Family(
+        kind="gauge",
+        join=min,
+        help="Whether there is a model, and each answered when it was last asked, by a request or a readiness probe.",
+    ),
     "evalmode_requests": Family(
         kind="counter",
         labels=(*_MODEL, "route", "code"),

@@ -216,6 +216,7 @@ class Repository:
         for entry in entries:
             if entry.live is not None:
                 entry.live.statistics.counts = self.counts.of(name, entry.version)
+        self.counts.join_older(name, [entry.version for entry in entries if entry.live is not None])
         self._entries[name] = entries
         if not entries:
             del self._entries[name]

@@ -1,10 +1,11 @@
 """The process that starts, replaces and stops several others that serve on its one socket.
 
 Rule 1: it never serves and never loads a model; it holds the socket, so that connections wait, not fail.
-Rule 2: a worker that ends is replaced, and so is one that hangs, with growing pauses where that does not help; when
-    none at all can be started, the supervisor says why and ends. Nobody listens who cannot serve all that the others
-    do: that is tried again and again until it can, and the others go on meanwhile. When there are no others any more,
-    it is decided anew what is served, from what is there, as after a restart: one spoiled model ends no other.
+Rule 2: a worker that ends is replaced, and so is one that hangs, or whose engine does not come back, with growing
+    pauses where that does not help; when none at all can be started, the supervisor says why and ends. Nobody listens
+    who cannot serve all that the others do: that is tried again and again until it can, and the others go on meanwhile.
+    When there are no others any more, it is decided anew what is served, from what is there, as after a restart: one
+    spoiled model ends no other.
 Rule 3: beside those that serve, a spare waits that has imported what a worker needs, and knows no model: so a dead one
     is replaced in a third of the time of a start. Another spare is begun when all serve again.
 Rule 4: workers have sessions of their own, so a signal reaches them only through the supervisor; when that is gone,
@@ -183,11 +184,16 @@ class Supervisor:
         return 0.0 if serves_from_s is None else time.monotonic() - serves_from_s, why or ended
 
     async def _watched(self, worker: Process) -> str:
-        """Wait for the end of a worker, and end one that does not even say that it is there; why it was ended."""
-        limit_s = STARTED_S
+        """Wait for the end of a worker, and end one that does not even say that it is there, or that has a model which
+        will not answer any more; why it was ended."""
+        limit_s, why = STARTED_S, ""
         while not worker.ended:
             try:
-                await asyncio.wait_for(worker.channel.ask("ping"), limit_s)
+                stuck: str = await asyncio.wait_for(worker.channel.ask("ping"), limit_s)
+                if stuck and not why:
+                    why = f"did not come back from a run of {stuck} that nobody waits for, and was ended"
+                    _log.error("a worker %s: others take its requests from now on", why)
+                    worker.send(signal.SIGINT)  # it answers what its other models are asked, for a while
             except TimeoutError:
                 worker.send(signal.SIGKILL)
                 return f"said nothing for {limit_s:.0f} s and was ended"
@@ -200,7 +206,7 @@ class Supervisor:
             limit_s = HUNG_S
             with suppress(TimeoutError):
                 await asyncio.wait_for(worker.wait(), PING_S)
-        return ""
+        return why
 
     async def _taken(self) -> Process:
         """The spare, or where there is none that lives, a new process."""

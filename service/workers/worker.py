@@ -38,6 +38,9 @@ from service.trial import Tried
 from service.workers.channel import Channel, Facts, Gone
 from service.workers.verdicts import Verdict
 
+STUCK_S = 30.0
+"""A run that nobody waits for is ended between two operators; one that goes on for so long will not come back."""
+
 ORPHAN_LIMIT_S = 5.0
 """What is being answered when the supervisor is found gone may still take this long."""
 
@@ -49,6 +52,8 @@ class Worker:
     def __init__(self, listening: socket.socket) -> None:
         self._listening = listening
         self._candidates: dict[str, tuple[Entry, ...]] = {}
+        self._stuck: Callable[[], str] = lambda: ""
+        """The model whose engine does not come back; empty: none."""
 
     async def work(self, connected: socket.socket) -> None:
         self._loop = asyncio.get_running_loop()
@@ -82,7 +87,7 @@ class Worker:
             case "statistics":
                 return self._statistics()
             case "ping":
-                return None
+                return self._stuck()
             case "reading":
                 return reading_of(self._repository)
         raise AssertionError(question)
@@ -111,6 +116,7 @@ class Worker:
 
     async def _listen(self) -> None:
         listens = asyncio.Event()
+        self._stuck = lambda: _stuck(self._repository)
         crew = OneOfSeveral(self._supervisor)
         app = create_app(self._repository, self._settings, crew)
         server = Server(
@@ -184,6 +190,11 @@ class OneOfSeveral:
             return await self._supervisor.ask(question, **facts)
         except Gone as gone:
             raise NotReady(STOPPING) from gone
+
+
+def _stuck(repository: Repository) -> str:
+    stuck = (live for live in repository.answering if live.coalescer.unwanted_s > STUCK_S)
+    return next((f"version {live.version} of model '{live.name}'" for live in stuck), "")
 
 
 def _loaded_as(

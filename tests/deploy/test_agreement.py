@@ -160,8 +160,10 @@ def test_compose_gives_no_more_than_is_needed(service: str) -> None:
 
 
 def test_models_and_keys_are_read_only() -> None:
-    (models,) = COMPOSED["volumes"]
+    models, keys = COMPOSED["volumes"]
     assert (models["target"], models["read_only"]) == ("/models", True)
+    assert keys["read_only"]
+    assert COMPOSED["environment"]["EVALMODE_KEYS_FILE"] == f"{keys['target']}/keys"  # a file alone never changes
     assert "EVALMODE_MODELS=/models" in DOCKERFILE
     mounts = {mount["name"]: mount for mount in CONTAINERS["kubernetes"]["volumeMounts"]}
     assert mounts["models"]["mountPath"] == "/models"

@@ -14,35 +14,11 @@ import pytest
 from benchmarks.faults.faults import ended
 from tests.bundles import SAMPLE, write_table_bundle
 from tests.conftest import Serve
+from tests.e2e.stuck import NEVER, SLOWLY, write_stuck_engine
 from tests.e2e.test_workers import children, until
 from tests.service.hostile import a_loop_without_end
 
 pytestmark = pytest.mark.e2e
-
-
-ROOT = Path(__file__).parent.parent.parent
-NEVER, SLOWLY = 666, 333
-STUCK = f"""
-import time
-from service import coalescing, http_server, runtime
-
-http_server.DRAIN_LIMIT_S = 2.0
-run, init = runtime.OnnxRuntime.run, coalescing.Coalescer.__init__
-
-def stuck(self, tensors):
-    for amount, run_s in (({NEVER}, 1000.0), ({SLOWLY}, 1.0)):
-        if any((tensor == amount).any() for tensor in tensors):
-            time.sleep(run_s)
-    return run(self, tensors)
-
-def in_threads(self, runtime, **said):
-    init(self, runtime, **{{**said, "inline_rows": 0}})
-
-runtime.OnnxRuntime.run = stuck
-coalescing.Coalescer.__init__ = in_threads
-"""
-"""What Python does at the start of each process: for one amount the engine never comes back, for another it takes long;
-and the end is not waited for as long as it is."""
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -158,8 +134,7 @@ def test_an_engine_that_does_not_come_back_does_not_keep_the_process(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str, amount: int, code: int
 ) -> None:
     """It ends by itself, says why, and not with 0; one that only takes long is waited for, for a while."""
-    (tmp_path / "sitecustomize.py").write_text(STUCK)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    write_stuck_engine(tmp_path, monkeypatch)
     write_table_bundle(tmp_path / "models")
     serving = serve(tmp_path / "models", "--workers", workers, "--shutdown-delay-s", "0", "--timeout-s", "0.2")
     assert httpx.post(f"{serving.address}/predict", json={**SAMPLE, "amount": amount}).status_code == 504

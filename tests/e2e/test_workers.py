@@ -26,6 +26,7 @@ from service.workers import supervisor
 from tests import graphs
 from tests.bundles import SAMPLE, write_table_bundle
 from tests.conftest import Serve, Serving
+from tests.e2e.stuck import NEVER, SLOWLY, write_stuck_engine
 from tests.service.hostile import a_loop_without_end
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc")]
@@ -249,6 +250,26 @@ def test_a_worker_that_hangs_is_replaced(models: Path, monkeypatch: pytest.Monke
             await running
 
     asyncio.run(asyncio.wait_for(scenario(), 40))
+
+
+def test_a_worker_whose_engine_does_not_come_back_is_replaced(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers all but that model, so nothing else would end it; the run was given up, and goes on all the same."""
+    write_stuck_engine(tmp_path, monkeypatch)
+    write_table_bundle(tmp_path / "models")
+    serving = serve(tmp_path / "models", "--workers", "2", "--timeout-s", "0.2")
+    pid = serving.process.pid
+    until(lambda: len(children(pid)) == PROCESSES)
+    before = children(pid)
+    assert ask(serving, "POST", "/predict", {**SAMPLE, "amount": SLOWLY}).status_code == 504
+    assert ask(serving, "POST", "/predict", {**SAMPLE, "amount": NEVER}).status_code == 504
+    until(lambda: len(children(pid) & before) == PROCESSES - 1 and len(children(pid)) == PROCESSES, within_s=40)
+    assert {ask(serving, "POST", "/predict", SAMPLE).status_code for _ in range(20)} == {200}
+    serving.process.send_signal(signal.SIGINT)
+    said, _ = serving.process.communicate(timeout=20)
+    assert "did not come back from a run of version 1 of model" in said
+    assert serving.process.returncode == 0
 
 
 def test_files_that_were_changed_under_a_served_version_are_not_mixed_in(serve: Serve, models: Path) -> None:

@@ -505,7 +505,8 @@ def test_the_document_says_how_to_come_in(repository: Repository, keys: Keys, lo
 
 
 def test_a_page_may_do_little(repository: Repository, keys: Keys, locked: Settings) -> None:
-    """Scripts are files of this service, nobody frames it, and nothing is taken for what it is not."""
+    """Scripts are files of this service, nobody frames it, nothing is taken for what it is not, and what a key opened
+    is kept by no cache."""
     for settings in (Settings(), locked):
         page = ask(repository, "GET", "/docs", settings=settings)
         policy = page.headers["content-security-policy"]
@@ -518,5 +519,7 @@ def test_a_page_may_do_little(repository: Repository, keys: Keys, locked: Settin
         for path in ("/docs", "/docs/page/page.js", "/v2", "/nothing", "/v2/models/nobody", "/openapi.json", LOAD):
             response = ask(repository, "GET", path, headers=keys.bearer("all"), settings=settings)
             assert response.headers["x-content-type-options"] == "nosniff", path
+            kept = settings is not locked or path.startswith(("/docs", "/nothing"))
+            assert response.headers.get("cache-control") == (None if kept else "no-store"), path
         script = ask(repository, "GET", "/docs/page/page.js", settings=settings)
         assert script.headers["content-type"].startswith("text/javascript")

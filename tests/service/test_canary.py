@@ -65,9 +65,11 @@ def test_a_stuck_engine_is_not_ready_and_is_again_when_it_comes_back() -> None:
         for _ in range(3):
             with pytest.raises(NotReady, match="has not answered a sample for 0 s"):
                 await one.check()
+        assert not one.answers
         await asyncio.sleep(0.15)
         runtime.run_s = 0.0
         await one.check()
+        assert one.answers
 
     asyncio.run(scenario())
     assert runtime.batches == [1, 1]

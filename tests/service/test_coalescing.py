@@ -705,6 +705,30 @@ def test_a_run_that_nobody_waits_for_is_ended() -> None:
     assert runtime.batches == [2, 1]
 
 
+def test_an_engine_that_does_not_end_when_it_is_told_to_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For how long; not while somebody waits for the run, nor once it has come back."""
+    monkeypatch.setattr(FakeRuntime, "stop", lambda self: None)
+    runtime = FakeRuntime(run_s=60)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=1, inline_rows=0)
+        waits = submitted(coalescer, accepted(1))
+        await asyncio.to_thread(runtime.started.wait)
+        coalescer.drop_late()
+        assert coalescer.unwanted_s == 0
+        waits.cancel()
+        coalescer.drop_late()
+        await asyncio.sleep(0.05)
+        coalescer.drop_late()
+        assert 0.05 <= coalescer.unwanted_s < 5
+        runtime.run_s = 0
+        runtime._stop.set()  # it comes back
+        await asyncio.wait_for(submitted(coalescer, accepted(2)), timeout=5)
+        assert coalescer.unwanted_s == 0
+
+    asyncio.run(scenario())
+
+
 def test_a_model_that_is_stuck_does_not_hold_up_another() -> None:
     """Nor what runs in the threads of the event loop: each model has a thread of its own."""
     stuck = [FakeRuntime(run_s=60) for _ in range(40)]

@@ -26,6 +26,7 @@ from onnx import TensorProto, helper
 from service import http_server
 from service.app import create_app
 from service.asgi import Application
+from service.busy_polling import BusyPolling
 from service.coalescing import Coalescer
 from service.connection import (
     BEGIN_S,
@@ -606,6 +607,18 @@ def test_what_comes_before_the_answer_waits_for_it(held: tuple[Served, Held]) ->
         assert client.answer().said == {"live": True}
         client.send(half[-20:])
         assert client.answer().said["id"] == "half"
+
+
+def test_only_a_lone_caller_is_looked_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among several, others come while one is away; and it is told when what was looked for comes."""
+    told: list[str] = []
+    monkeypatch.setattr(BusyPolling, "answered", lambda _: told.append("answered"))
+    monkeypatch.setattr(BusyPolling, "received", lambda _: told.append("received"))
+    with served.connect() as one:
+        assert one.ask(SMALL.declared()).status == 200
+        with served.connect() as other:
+            assert other.ask(SMALL.declared()).status == 200
+    assert told == ["received", "answered", "received"]
 
 
 def test_a_connection_is_used_again_and_again(served: Served) -> None:

@@ -131,10 +131,11 @@ def ended(status: int, route: str = "/predict") -> Ended:
 
 @pytest.mark.parametrize(
     ("choice", "lines"),
-    [("all", 6), ("sampled", 4), ("errors", 2)],
+    [("all", 8), ("sampled", 6), ("errors", 4)],
 )
 def test_so_many_lines_a_second(choice: AccessLogChoice, lines: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Two answers and two errors are written, the third of each is counted; the next second begins anew."""
+    """Two answers, two errors of callers and two of the service are written, the third of each is counted; the next
+    second begins anew."""
 
     async def scenario() -> None:
         counts = Counts()
@@ -148,7 +149,7 @@ def test_so_many_lines_a_second(choice: AccessLogChoice, lines: int, caplog: pyt
             return access.wants_answer()
 
         def second() -> int:
-            wanted = [status for status in (200, 200, 200, 429, 429, 500) if wanted_of(status)]
+            wanted = [status for status in (200, 200, 200, 429, 401, 401, 500, 500) if wanted_of(status)]
             for status in wanted:
                 access.tell(ended(status))
             return len(wanted)
@@ -165,8 +166,8 @@ def test_so_many_lines_a_second(choice: AccessLogChoice, lines: int, caplog: pyt
         summaries
         == {
             "all": [],
-            "sampled": [{"200": 1, "500": 1}] * 2,
-            "errors": [{"500": 1}] * 2,
+            "sampled": [{"200": 1, "401": 1}] * 2,
+            "errors": [{"401": 1}] * 2,
         }[choice]
     )
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.counts import Counts, Histogram
+from service.counts import MOST_REPLACED, Counts, Histogram
+from service.meters import reading_of
 from service.readings import FAMILIES, Reading, joined, lasting
 from service.repository import Repository
 from service.settings import Settings
@@ -193,6 +194,43 @@ def counted(requests: int, in_flight: int = 0) -> Reading:
     counts.of("m", "1").duration_ns.add(requests)
     read: Reading = json.loads(json.dumps(counts.reading()))
     return read
+
+
+def test_a_model_that_does_not_answer_is_not_ready(repository: Repository) -> None:
+    """As the probe found it; of several processes one is enough."""
+    live = repository.live("credit")
+    assert value(reading_of(repository), "evalmode_ready") == 1
+    live.canary.answers = False
+    assert value(reading_of(repository), "evalmode_ready") == 0
+    assert value(joined([[("evalmode_ready", (), 1)], reading_of(repository)]), "evalmode_ready") == 0
+
+
+def test_versions_of_long_ago_are_counted_together() -> None:
+    """What is read stays as large as it is, and no sum changes; those that are live keep their names, however old."""
+    counts, sizes = Counts(), []
+    for version in range(1, 200):
+        one = counts.of("m", str(version))
+        one.answered["/predict"] = version
+        for histogram in (one.duration_ns, one.queue_ns, one.compute_ns, one.batch_rows):
+            histogram.add(version)
+        counts.ended("/predict", 429, reason="queue_full", model="m", version=str(version))
+        counts.of("other", "1").answered["/predict"] = 5
+        counts.join_older("m", ["3", str(version)])
+        sizes.append(len(counts.reading()))
+    assert max(sizes) == sizes[-1] == sizes[60]
+    read = counts.reading()
+    answered = [count for name, labels, count in read if name == "evalmode_requests" and labels[3] == "200"]
+    assert {labels[1] for _, labels, _ in read if labels and labels[0] == "m"} == {
+        "older", "3", *map(str, range(199 - MOST_REPLACED, 200))
+    }  # fmt: skip
+    assert sum(answered) == counts.answered == sum(range(1, 200)) + 5
+    for name, part in (("evalmode_requests", 199), ("evalmode_refusals", 199)):
+        assert sum(count for of, labels, count in read if of == name and labels[3] == "429") == part
+    for name in ("evalmode_request_duration_seconds", "evalmode_queue_duration_seconds",
+                 "evalmode_compute_duration_seconds", "evalmode_batch_rows"):  # fmt: skip
+        values = [value for of, labels, value in read if of == name and labels[0] == "m"]
+        assert sum(sum(value[:-1]) for value in values) == 199
+        assert sum(value[-1] for value in values) == sum(range(1, 200))
 
 
 def value(reading: Reading, name: str) -> object:
