@@ -17,6 +17,7 @@ from typing import Any, final
 
 from service.access import Access, is_open
 from service.bodies import Bodies, Held
+from service.busy_polling import BusyPolling
 from service.errors import BodyTooLarge, ClientLeft, MethodNotAllowed, RequestError, ServerFull
 from service.page_headers import with_page_headers
 from service.prediction import (
@@ -73,6 +74,7 @@ class Application:
         self.readiness = readiness
         self.access = access
         self.bodies = bodies
+        self.polling = BusyPolling()
         self.body_limit_bytes = body_limit_bytes
         self._rest = rest
 

@@ -15,7 +15,7 @@ from time import perf_counter_ns
 from typing import final
 
 from service.coalescing import Coalescer, Computed
-from service.errors import NotReady, QueueFull, first_line
+from service.errors import DeadlineExceeded, NotReady, QueueFull, first_line
 from service.signature import Accepted
 
 LATELY_S = 5.0
@@ -45,8 +45,8 @@ class Canary:
         self._on_its_way = False
         self._told = asyncio.Event()
         self._error: Exception | None = None
-        self.answers = True
-        """When it was last asked."""
+        self._failed_ns: int | None = None
+        """When somebody who asked was last told no."""
 
     async def check(self) -> None:
         """
@@ -56,9 +56,14 @@ class Canary:
         try:
             await self._check()
         except NotReady:
-            self.answers = False
+            self._failed_ns = perf_counter_ns()
             raise
-        self.answers = True
+        self._failed_ns = None
+
+    @property
+    def answers(self) -> bool:
+        """As far as is known: whoever asked last was told yes, or it has answered somebody since."""
+        return self._failed_ns is None or self._coalescer.ran_ns > self._failed_ns
 
     async def _check(self) -> None:
         now_ns = perf_counter_ns()
@@ -83,12 +88,16 @@ class Canary:
             return
         self._told.clear()
         self._on_its_way = True
+        until_ns = perf_counter_ns() + int(self._overdue_s * 1e9)  # so that nobody waits for a run that is stuck
         try:
-            self._coalescer.submit(self._sample, self._tell, counted=False)
+            self._coalescer.submit(self._sample, self._tell, expires_ns=until_ns, counted=False)
         except QueueFull:  # and nothing ran lately
             self._on_its_way = False
 
     def _tell(self, computed: Computed) -> None:
+        if isinstance(computed.error, DeadlineExceeded):
+            self._on_its_way = False
+            return
         self._error = computed.error
         self._since_ns = None
         self._on_its_way = False

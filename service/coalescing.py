@@ -236,6 +236,11 @@ class Coalescer:
         return int(min(self._max_waiting_rows, max(ALWAYS_WAIT, in_time)))
 
     @property
+    def busy(self) -> bool:
+        """A batch is running, or will in the next turn of the loop."""
+        return self._busy
+
+    @property
     def unwanted_s(self) -> float:
         """How long a run has gone on since it was told to end, because nobody waits for it any more."""
         return 0.0 if self._unwanted_since_ns is None else (perf_counter_ns() - self._unwanted_since_ns) / 1e9

@@ -43,7 +43,6 @@ from uvicorn.server import ServerState
 
 from service.asgi import GONE, METHODS, Application, declared_bytes, headers_by_name
 from service.bodies import Held
-from service.busy_polling import BusyPolling
 from service.errors import BadRequest, HeadersTooLarge, NotReady, RequestError, RequestTooSlow, ServerFull
 from service.large_body import LARGE_BODY_BYTES, LargeBody, place_for
 from service.prediction import Headers, Route, Said, code_of, declared_json_bytes, refusal, request_id, route_of
@@ -216,7 +215,6 @@ class Connection(HttpToolsProtocol):
         """The request that came last and is not ours is the last, whatever becomes of its body."""
         self._first = True
         """Nothing was computed yet for what came in this turn."""
-        self._polling = BusyPolling(self.loop)
         self._deadline_s = self.loop.time() + BEGIN_S
         """On the clock of the event loop; infinite while it is our turn."""
         self._unhanded_bytes = 0
@@ -244,7 +242,7 @@ class Connection(HttpToolsProtocol):
             self._pass_over(len(data))
             return
         self._first = True
-        self._polling.received()
+        self._application.polling.received()
         if len(data) <= PART_BYTES and not self._unparsed:
             self._parse(data)
         else:
@@ -486,8 +484,8 @@ class Connection(HttpToolsProtocol):
             self._write(status, said, content, keep_alive=exchange.keep_alive)
             if not exchange.keep_alive:
                 self.transport.close()
-            elif len(self.connections) == 1:
-                self._polling.answered()
+            else:
+                self._application.polling.answered(self, self.loop)
         self.on_response_complete()
 
     def _write(self, status: int, said: Said, content: bytes, *, keep_alive: bool) -> None:

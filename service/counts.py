@@ -1,7 +1,8 @@
 """What this process has counted since its start, for whoever watches the service.
 
-Rule 1: nothing is forgotten. The statistics of the protocol begin at zero when a model is loaded anew; these go on. But
-        versions that were replaced long ago are counted together, so that what is read does not grow with each new one.
+Rule 1: no count begins anew. The statistics of the protocol begin at zero when a model is loaded anew; these go on. A
+        version that was replaced long ago is told of no more, so that what is read does not grow with each new one: a
+        series may end, but neither jump nor fall.
 Rule 2: on the way of a prediction there are additions, and for each duration one search in a short list of bounds.
 Rule 3: no label is a word of a caller: a model is named if it was admitted, a route by its pattern.
 """
@@ -17,11 +18,8 @@ from typing import final
 from service.policy import Judged
 from service.readings import DURATION_BOUNDS_NS, ROW_BOUNDS, Reading, Sample
 
-OLDER = "older"
-"""In place of a version: all that were replaced long ago."""
-
 MOST_REPLACED = 50
-"""Versions of a model that are live no more and still have a name."""
+"""Versions of a model that are live no more and still told of."""
 
 
 @final
@@ -42,11 +40,6 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def join(self, other: Histogram) -> None:
-        """Of the same bounds."""
-        self.counts = [one + another for one, another in zip(self.counts, other.counts, strict=True)]
-        self.sum += other.sum
-
     @property
     def value(self) -> list[int]:
         return [*self.counts, self.sum]
@@ -65,14 +58,6 @@ class ModelCounts:
         self.queue_ns = Histogram(DURATION_BOUNDS_NS)
         self.compute_ns = Histogram(DURATION_BOUNDS_NS)
         self.batch_rows = Histogram(ROW_BOUNDS)
-
-    def join(self, other: ModelCounts) -> None:
-        for route, count in other.answered.items():
-            self.answered[route] = self.answered.get(route, 0) + count
-        self.duration_ns.join(other.duration_ns)
-        self.queue_ns.join(other.queue_ns)
-        self.compute_ns.join(other.compute_ns)
-        self.batch_rows.join(other.batch_rows)
 
 
 @final
@@ -104,6 +89,9 @@ class Counts:
         self.refused = 0
         """Predictions that got another status than 200."""
         self._models: dict[tuple[str, str], ModelCounts] = {}
+        """By model and version; those that were live last come last."""
+        self._answered_before = 0
+        """Predictions of versions that are told of no more."""
         self._others: Counter[tuple[str, str, str, int]] = Counter()
         self._refusals: Counter[tuple[str, str, str, int]] = Counter()
 
@@ -111,14 +99,20 @@ class Counts:
         """Those of an admitted version: the same ones each time."""
         return self._models.setdefault((model, version), ModelCounts())
 
-    def join_older(self, model: str, live: Collection[str]) -> None:
-        """Count its versions that are live no more together, but for the last of them."""
-        replaced = [version for name, version in self._models if name == model and version not in {*live, OLDER}]
+    def pass_over(self, model: str, live: Collection[str]) -> None:
+        """Tell no more of its versions that are live no more, but for the last of them.
+
+        Args:
+            live: those that are, or that still answer somebody.
+        """
+        for version in live:
+            self._models[model, version] = self._models.pop((model, version))
+        replaced = [version for name, version in self._models if name == model and version not in live]
         for version in replaced[:-MOST_REPLACED]:
-            self.of(model, OLDER).join(self._models.pop((model, version)))
+            self._answered_before += sum(self._models.pop((model, version)).answered.values())
             for counted in (self._others, self._refusals):
                 for labels in [labels for labels in counted if labels[:2] == (model, version)]:
-                    counted[model, OLDER, labels[2], labels[3]] += counted.pop(labels)
+                    del counted[labels]
 
     def ended(self, route: str, status: int, *, reason: str, model: str = "", version: str = "") -> None:
         """A request that is no answered prediction got this status.
@@ -133,7 +127,8 @@ class Counts:
     @property
     def answered(self) -> int:
         """Predictions that got their answer."""
-        return sum(count for counts in self._models.values() for count in counts.answered.values())
+        told_of = sum(count for counts in self._models.values() for count in counts.answered.values())
+        return self._answered_before + told_of
 
     def reading(self) -> Reading:
         read: list[Sample] = [("evalmode_requests_in_flight", (), self.begun - self.refused - self.answered)]

@@ -47,7 +47,7 @@ FAMILIES: dict[str, Family] = {
     "evalmode_ready": Family(
         kind="gauge",
         join=min,
-        help="Whether there is a model, and each answered when it was last asked, by a request or a readiness probe.",
+        help="Whether there is a model, and none failed when readiness was last asked, or each answered since.",
     ),
     "evalmode_requests": Family(
         kind="counter",

@@ -115,6 +115,8 @@ class Repository:
         """What answers who names a version or an alias, by model."""
         self._replaced: WeakSet[Live] = WeakSet()
         """Those that still have requests to answer, and hold themselves for no longer."""
+        self._running: list[Live] = []
+        """Those of them whose engine ran when they were replaced, until it has come back."""
         self._loading: dict[str, tuple[str, ...]] = {}
         """Versions that `admit` has begun with, by model, until they are swapped in or given up."""
         self._trials = Trials()
@@ -216,13 +218,13 @@ class Repository:
         for entry in entries:
             if entry.live is not None:
                 entry.live.statistics.counts = self.counts.of(name, entry.version)
-        self.counts.join_older(name, [entry.version for entry in entries if entry.live is not None])
         self._entries[name] = entries
         if not entries:
             del self._entries[name]
         self._assign(name)
         now = {entry.live for entry in entries}
         self._let_go(entry.live for entry in before if entry.live is not None and entry.live not in now)
+        self.counts.pass_over(name, {live.version for live in self.answering if live.name == name})
         if before:  # not at the start
             give_back_soon()
         return [entry.version for entry in before if entry.live is not None and entry.live in now]
@@ -312,6 +314,7 @@ class Repository:
     @property
     def answering(self) -> tuple[Live, ...]:
         """Every version that is live, and those that were replaced and are not done."""
+        self._running = [live for live in self._running if live.coalescer.busy]
         return (*self.lives, *self._replaced)
 
     @property
@@ -333,6 +336,8 @@ class Repository:
     def _let_go(self, lives: Iterable[Live]) -> None:
         for live in lives:
             self._replaced.add(live)
+            if live.coalescer.busy:  # and perhaps will not come back
+                self._running.append(live)
             finalize(live, give_back_soon).atexit = False
 
     def _not_served(self, name: str, version: str | None) -> NotFound | NotReady:

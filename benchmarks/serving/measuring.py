@@ -37,8 +37,8 @@ class Settings:
         usual = self.connections or workload.connections
         if not workload.crowd or server.name != EVALMODE:
             return usual
-        after = usual.index(USUAL) + 1  # held against each other, so measured one after the other
-        return (*usual[:after], CROWD, *usual[after:])
+        others = [connections for connections in usual if connections != USUAL]
+        return (*others, USUAL, CROWD)  # the last two are held against each other, so they come one after the other
 
 
 Tell = Callable[[str], None]
@@ -112,7 +112,7 @@ def measured_in_process(workload: Workload, round_number: int, seconds: int) -> 
 
 
 def _cell(running: Running, echo: Echo, url: str, bodies: Path, connections: int, seconds: int) -> Cell:
-    echo_before = echo.requests_per_s(connections)
+    echo_before_per_s = echo.requests_per_s(connections)
     began, before_s, machine_before_s = time.perf_counter(), running.cpu_s(), machine_cpu_s()
     load = driven(url, bodies, connections=connections, seconds=seconds)
     used_s, machine_s = running.cpu_s() - before_s, machine_cpu_s() - machine_before_s
@@ -122,7 +122,7 @@ def _cell(running: Running, echo: Echo, url: str, bodies: Path, connections: int
         connections=connections,
         requests=load.requests,
         requests_per_s=load.requests_per_s,
-        echo_per_s=(echo_before + echo.requests_per_s(connections)) / 2,
+        echo_per_s=_mean(echo_before_per_s, echo.requests_per_s(connections)),
         p50_ms=load.p50_ms,
         p99_ms=load.p99_ms,
         p999_ms=load.p999_ms,
@@ -131,6 +131,10 @@ def _cell(running: Running, echo: Echo, url: str, bodies: Path, connections: int
         strangers_cpus=max(0.0, machine_s - used_s - load.cpu_s) / took_s,
         errors=load.non_2xx + load.socket_errors,
     )
+
+
+def _mean(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else (before + after) / 2
 
 
 def _said(cell: Cell) -> str:

@@ -19,8 +19,8 @@ class Cell:
     connections: int
     requests: int
     requests_per_s: float
-    echo_per_s: float
-    """Of the echo at as many connections: the mean of just before and just after."""
+    echo_per_s: float | None
+    """Of the echo at as many connections: the mean of just before and just after. None: it did not answer all."""
     p50_ms: float
     p99_ms: float
     p999_ms: float
@@ -32,9 +32,9 @@ class Cell:
     """Answers that were not 2xx, and socket errors."""
 
     @property
-    def share(self) -> float:
+    def share(self) -> float | None:
         """Of what the echo did beside it."""
-        return self.requests_per_s / self.echo_per_s
+        return None if self.echo_per_s is None else self.requests_per_s / self.echo_per_s
 
     @property
     def valid(self) -> bool:

@@ -77,11 +77,15 @@ class Summary:
         if self.invalid(workload, server, connections) or self.invalid(workload, other, connections):
             return None
         ours, theirs = (self.cells(workload, name, connections) for name in (server, other))
-        return spread(ours[i].share / theirs[i].share for i in ours.keys() & theirs.keys())
+        shares = [(ours[i].share, theirs[i].share) for i in ours.keys() & theirs.keys()]
+        return spread(one / another for one, another in shares if one is not None and another is not None)
 
     def share(self, workload: str, server: str, connections: int) -> Spread | None:
         """Requests per second by those of the echo beside it."""
-        return self.figure(workload, server, connections, lambda cell: cell.share)
+        if self.invalid(workload, server, connections):
+            return None
+        cells = self.cells(workload, server, connections).values()
+        return spread(cell.share for cell in cells if cell.share is not None)
 
     def growth(self, workload: str, server: str, fewer: int, more: int, figure: Figure) -> Spread | None:
         """A figure at more connections by the same at fewer."""

@@ -104,6 +104,10 @@ class Conductor:
             self._forget_counts(model)
         self._verdicts, self._aliases = {}, {}
 
+    def others_than(self, worker: Channel) -> bool:
+        """Whether any other serves."""
+        return bool(self.workers - {worker})
+
     def leave(self, worker: Channel) -> None:
         """A worker serves no more; what it counted stays counted."""
         self.workers.discard(worker)

@@ -39,6 +39,9 @@ HUNG_S = 20.0
 """How often a worker is asked whether it is there, and how long its answer may take: models are loaded beside its event
 loop, so it answers then too."""
 
+STUCK_END_S = 5.0
+"""What a worker whose engine is stuck may still take to answer what it has begun with."""
+
 STARTED_S = 120.0
 """And its first answer, for which it has to start."""
 
@@ -184,16 +187,19 @@ class Supervisor:
         return 0.0 if serves_from_s is None else time.monotonic() - serves_from_s, why or ended
 
     async def _watched(self, worker: Process) -> str:
-        """Wait for the end of a worker, and end one that does not even say that it is there, or that has a model which
-        will not answer any more; why it was ended."""
-        limit_s, why = STARTED_S, ""
+        """Wait for the end of a worker, and end one that does not even say that it is there, or, where others
+        serve, that has a model which will not answer any more; why it was ended."""
+        limit_s = STARTED_S
         while not worker.ended:
             try:
                 stuck: str = await asyncio.wait_for(worker.channel.ask("ping"), limit_s)
-                if stuck and not why:
-                    why = f"did not come back from a run of {stuck} that nobody waits for, and was ended"
-                    _log.error("a worker %s: others take its requests from now on", why)
-                    worker.send(signal.SIGINT)  # it answers what its other models are asked, for a while
+                if stuck and self._conductor.others_than(worker.channel):
+                    self._conductor.leave(worker.channel)
+                    worker.send(signal.SIGINT)
+                    with suppress(TimeoutError):  # for what it is answering; the engine does not come back
+                        await asyncio.wait_for(worker.wait(), STUCK_END_S)
+                    worker.send(signal.SIGKILL)
+                    return f"did not come back from a run of {stuck} that nobody waits for, and was ended"
             except TimeoutError:
                 worker.send(signal.SIGKILL)
                 return f"said nothing for {limit_s:.0f} s and was ended"
@@ -206,7 +212,7 @@ class Supervisor:
             limit_s = HUNG_S
             with suppress(TimeoutError):
                 await asyncio.wait_for(worker.wait(), PING_S)
-        return why
+        return ""
 
     async def _taken(self) -> Process:
         """The spare, or where there is none that lives, a new process."""

@@ -12,12 +12,12 @@ import pytest
 from benchmarks.serving import chart, report
 from benchmarks.serving.bars import Verdict, verdicts
 from benchmarks.serving.load import WrkFailed, parsed
-from benchmarks.serving.measuring import turned
+from benchmarks.serving.measuring import Settings, turned
 from benchmarks.serving.records import Cell, InProcess, Measured, Run
 from benchmarks.serving.servers import SERVERS
 from benchmarks.serving.summary import Spread, Summary, requests_per_s
 from benchmarks.serving.wire import Wire, constant, numbers, request
-from benchmarks.serving.workloads import SAME_ANSWER, Workload
+from benchmarks.serving.workloads import ALL_CONNECTIONS, SAME_ANSWER, Workload
 
 ABOUT = {
     "date": "2026-11-21 12:00 UTC", "finished": True, "cpu": "a CPU", "cpus": 2, "python": "3.11", "commit": "abc",
@@ -25,9 +25,20 @@ ABOUT = {
     "versions": {"echo": {"uvicorn": "1"}, "evalmode": {"evalmode": "2"}}, "not_installed": {"ray": "no | wheel"},
 }  # fmt: skip
 
+DENSE = Workload(
+    name="dense", title="", network=Path("none.onnx"), samples=[], expected=[], wire=Wire.V2,
+    connections=ALL_CONNECTIONS, crowd=True,
+)  # fmt: skip
+
 
 def cell(
-    connections: int, per_s: float, *, echo: float = 1000, p50_ms: float = 1.0, p99_ms: float = 2.0, errors: int = 0
+    connections: int,
+    per_s: float,
+    *,
+    echo: float | None = 1000,
+    p50_ms: float = 1.0,
+    p99_ms: float = 2.0,
+    errors: int = 0,
 ) -> Cell:
     return Cell(
         connections=connections, requests=int(per_s * 3), requests_per_s=per_s, echo_per_s=echo, p50_ms=p50_ms,
@@ -77,6 +88,19 @@ def test_a_ratio_is_taken_at_the_same_speed_of_the_machine() -> None:
     )  # fmt: skip
     assert of.ratio("dense", "evalmode", "fastapi", 32) == Spread(3.25, 3.0, 3.5, 3)
     assert of.share("dense", "evalmode", 32) == Spread(0.8125, 0.75, 0.875, 3)
+
+
+def test_where_the_echo_failed_there_is_no_share_and_the_cell_stays() -> None:
+    of = summary(run("evalmode", 0, cell(32, 750, echo=None)), run("evalmode", 1, cell(32, 500)))
+    assert of.share("dense", "evalmode", 32) == Spread(0.5, 0.5, 0.5, 1)
+    assert of.figure("dense", "evalmode", 32, requests_per_s) == Spread(625, 500, 750, 2)
+
+
+def test_the_crowd_comes_right_after_what_it_is_held_against() -> None:
+    evalmode = next(server for server in SERVERS if server.name == "evalmode")
+    settings = Settings(rounds=1, seconds=1)
+    assert settings.connections_of(DENSE, evalmode) == (1, 8, 128, 32, 1024)
+    assert settings.connections_of(DENSE, SERVERS[0]) == (1, 8, 32, 128)
 
 
 def test_a_round_that_one_side_missed_does_not_count() -> None:

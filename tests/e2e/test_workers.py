@@ -263,6 +263,8 @@ def test_a_worker_whose_engine_does_not_come_back_is_replaced(
     until(lambda: len(children(pid)) == PROCESSES)
     before = children(pid)
     assert ask(serving, "POST", "/predict", {**SAMPLE, "amount": SLOWLY}).status_code == 504
+    time.sleep(3)
+    assert children(pid) == before
     assert ask(serving, "POST", "/predict", {**SAMPLE, "amount": NEVER}).status_code == 504
     until(lambda: len(children(pid) & before) == PROCESSES - 1 and len(children(pid)) == PROCESSES, within_s=40)
     assert {ask(serving, "POST", "/predict", SAMPLE).status_code for _ in range(20)} == {200}

@@ -54,14 +54,17 @@ def test_a_model_that_did_not_is_asked_each_time() -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_stuck_engine_is_not_ready_and_is_again_when_it_comes_back() -> None:
-    """Yes while it may only be slow, no when it is overdue; one sample is on its way, not one for each probe."""
+def test_a_stuck_engine_is_not_ready_and_is_again_when_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Yes while it may only be slow, no when it is overdue; one sample is on its way, not one for each probe. Nobody
+    waits for the run, so that it is known to be stuck."""
+    monkeypatch.setattr(FakeRuntime, "stop", lambda self: None)
     runtime = FakeRuntime(run_s=0.2)
 
     async def scenario() -> None:
-        one, _ = canary(runtime)
+        one, coalescer = canary(runtime)
         await one.check()
         await asyncio.sleep(0.06)
+        assert coalescer.unwanted_s > 0
         for _ in range(3):
             with pytest.raises(NotReady, match="has not answered a sample for 0 s"):
                 await one.check()
@@ -99,8 +102,9 @@ def test_a_model_that_fails_on_what_it_could_is_not_ready() -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_no_statistics_know_of_the_sample() -> None:
+def test_no_statistics_know_of_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, and in a batch with requests of others, which are counted."""
+    monkeypatch.setattr(canaries, "OVERDUE_S", 5.0)
     runtime, statistics = FakeRuntime(), Statistics()
 
     async def scenario() -> None:

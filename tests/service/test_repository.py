@@ -231,8 +231,8 @@ def test_what_was_replaced_answers_and_is_let_go(tmp_path: Path) -> None:
         asyncio.run(scenario())
         assert [one.error is None for one in told] == [False, True]
         assert told[1].outputs[0].shape == (1, 2)
+        assert len(repository.answering) == 1  # looked for once a second
         assert (session(), live()) == (None, None)
-        assert len(repository.answering) == 1
     finally:
         gc.enable()
         gc.unfreeze()
