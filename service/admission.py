@@ -202,9 +202,13 @@ def check_structure(model: onnx.ModelProto, content: bytes = b"") -> tuple[Batch
     found = scan(model)
     if found.faults:
         more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
-        raise AdmissionRefused(
-            "structure", f"{found.faults[0]}{more}; put the network in eval mode with .eval() and export it again"
+        first = found.faults[0]
+        remedy = (
+            "measure its statistics again (`evalmode calibrate`)"
+            if "not finite" in first or "negative" in first
+            else "put the network in eval mode with .eval()"
         )
+        raise AdmissionRefused("structure", f"{first}{more}; {remedy} and export it again")
     return found.batchnorms
 
 

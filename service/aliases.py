@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from service.errors import BadRequest, UnknownAlias, UnknownVersion, WrongCall, clipped
 from service.files import write_whole
-from service.places import NAME_PATTERN, find
+from service.places import NAME_PATTERN, Layout, find
 
 FILE = "aliases.json"
 STABLE = "stable"
@@ -59,10 +59,10 @@ def changed(aliases: Aliases, *, model: str, alias: str, version: str | None, li
     return {**aliases, alias: version}
 
 
-def folder_of(path: Path, model: str, *, called: str = "") -> Path | None:
+def folder_of(path: Path, model: str, *, called: str = "", kind: Layout | None = None) -> Path | None:
     """The model's folder under what is served; None where that is one bundle or one file, with no other versions."""
     try:
-        found = find(path, model, called=called)
+        found = find(path, model, called=called, kind=kind)
     except (WrongCall, OSError):
         return None
     return next((version.path.parent for version in found if version.path != path), None)

@@ -210,7 +210,9 @@ def read(folder: Path, *, name: str, version: str, tried: Digests | None = None)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise AdmissionRefused("digest", f"{PASSPORT_FILE} is not a passport: {where}: {first['msg']}") from error
+        raise AdmissionRefused(
+            "digest", f"{PASSPORT_FILE} is not a passport: {where}: {first['msg']}; {_AGAIN}"
+        ) from error
     for path in passport.files:
         if path not in contents:
             contents[path] = _read(folder, path, wanted=_wanted(path, tried))
@@ -250,11 +252,18 @@ def _digest(content: bytes) -> str:
     return f"{len(content)}:{hashlib.sha256(content).hexdigest()}"
 
 
+_AGAIN = "copy it again, whole, or export it again"
+
+
 def _parsed(content: bytes) -> onnx.ModelProto:
+    if not content:
+        raise AdmissionRefused("structure", f"{MODEL_FILE} is empty; {_AGAIN}")
     try:
         return onnx.load_model_from_string(content)
     except DecodeError as error:
-        raise AdmissionRefused("structure", f"{MODEL_FILE} is not an ONNX model: its bytes cannot be parsed") from error
+        raise AdmissionRefused(
+            "structure", f"{MODEL_FILE} is not an ONNX model: its {len(content)} bytes cannot be parsed; {_AGAIN}"
+        ) from error
 
 
 def _golden(path: str, content: bytes) -> NDArray[Any]:
@@ -285,7 +294,7 @@ def _read(folder: Path, path: str, most_bytes: int | None = None, *, wanted: str
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         _check_inside(folder, path)
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise AdmissionRefused("digest", f"'{path}' cannot be read: {reason}") from error
+        raise AdmissionRefused("digest", f"'{path}' cannot be read: {reason}; {_AGAIN}") from error
     try:
         found, inside = os.fstat(handle), _check_inside(folder, path)
         if inside is None or not os.path.samestat(inside, found):

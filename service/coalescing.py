@@ -298,7 +298,9 @@ class Coalescer:
         if self._waiting_bytes + size > self._max_waiting_bytes:
             return f"at most {self._max_waiting_bytes} bytes may wait"
         if request.expires_ns is not None and request.since_ns + wait_ns > request.expires_ns:
-            return "the 'timeout' of this request would pass while it waits"
+            return (
+                "the time of this request ('timeout' in it, or else the setting 'timeout_s') would pass while it waits"
+            )
         if wait_ns > self._max_wait_s * 1e9 and len(self._waiting) >= ALWAYS_WAIT:
             return f"no request may wait longer than {self._max_wait_s:g} s"
         return ""

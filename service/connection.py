@@ -33,7 +33,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Callable
-from typing import Any, ClassVar, cast, final
+from typing import Any, cast, final
 
 import httptools
 import uvicorn
@@ -44,9 +44,9 @@ from uvicorn.server import ServerState
 from service.asgi import GONE, METHODS, Application, declared_bytes, headers_by_name
 from service.bodies import Held
 from service.errors import BadRequest, HeadersTooLarge, NotReady, RequestError, RequestTooSlow, ServerFull
-from service.large_body import LARGE_BODY_BYTES, LargeBody, place_for
-from service.prediction import Headers, Route, Said, code_of, declared_json_bytes, refusal, request_id, route_of
-from service.protocol import Body
+from service.exchange import Exchange
+from service.large_body import LargeBody
+from service.prediction import Route, Said, code_of, refusal, request_id, route_of
 
 KEEP_ALIVE_S = 75.0
 """How long a connection may be idle: longer than the minute after which most proxies close it on their side, so that
@@ -107,65 +107,6 @@ _NOTHING = memoryview(b"")
 @functools.lru_cache(maxsize=1024)
 def _route_of_url(url: bytes) -> Route | None:
     return None if _ENCODED.search(url) else route_of(url.decode("ascii"))
-
-
-@final
-class Exchange:
-    """A prediction's request and whether it is answered, in the place of uvicorn's `RequestResponseCycle`."""
-
-    __slots__ = (
-        "body_bytes",
-        "chunks",
-        "disconnected",
-        "headers",
-        "keep_alive",
-        "left_bytes",
-        "more_body",
-        "place",
-        "response_complete",
-        "route",
-    )
-
-    message_event: ClassVar[asyncio.Event] = asyncio.Event()
-    """uvicorn sets it when a client leaves; nobody waits for it."""
-
-    def __init__(self, route: Route, headers: Headers, body_bytes: int, *, keep_alive: bool) -> None:
-        self.route = route
-        self.headers = headers
-        self.body_bytes = body_bytes
-        self.left_bytes = body_bytes
-        """Of the body, not yet read."""
-        self.chunks: list[bytes] = []
-        """The body, as it came."""
-        self.place: memoryview | None = None
-        """The body in its place, if it is large."""
-        if body_bytes >= LARGE_BODY_BYTES:
-            self.place = place_for(body_bytes, declared_json_bytes(headers) or 0)
-        self.keep_alive = keep_alive
-        self.more_body = True
-        self.disconnected = False
-        self.response_complete = False
-
-    def take(self, chunk: bytes) -> None:
-        """More of the body."""
-        if self.place is None:
-            self.chunks.append(chunk)
-        else:
-            room = self.room()
-            room[: len(chunk)] = chunk
-        self.left_bytes -= len(chunk)
-
-    def room(self) -> memoryview:
-        """What is left to be filled of its place."""
-        assert self.place is not None
-        return self.place[len(self.place) - self.left_bytes :]
-
-    def give_body(self) -> Body:
-        """The whole body, which is not kept: a connection may stay for long after its answer."""
-        chunks, place, self.chunks, self.place = self.chunks, self.place, [], None
-        if place is not None:
-            return place
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 @final

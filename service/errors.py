@@ -316,7 +316,10 @@ class UnknownVersion(NotFound):
     def __init__(self, *, model: str, version: str, serving: Collection[str]) -> None:
         number, verb = ("versions", "are") if len(serving) > 1 else ("version", "is")
         served = f"{number} {listing(serving)} {verb} served" if serving else "none is served"
-        super().__init__(f"model '{model}' has no live version '{clipped(version)}'; {served}")
+        super().__init__(
+            f"model '{model}' has no live version '{clipped(version)}'; {served}, and the setting 'versions' says "
+            "which of those in its folder are"
+        )
 
 
 class UnknownAlias(NotFound):
@@ -432,6 +435,9 @@ class NotReady(RequestError):
     code = "not_ready"
 
 
+_TIME = "the time of this request ('timeout' in it, or else the setting 'timeout_s')"
+
+
 class DeadlineExceeded(RequestError):
     """The time that the caller gave was over before there was an answer; what was not computed by then is not."""
 
@@ -444,9 +450,9 @@ class DeadlineExceeded(RequestError):
             began: some of it was computed, or was being computed.
         """
         super().__init__(
-            "the request's 'timeout' passed while it was computed; send fewer rows at a time, or give it longer"
+            f"{_TIME} passed while it was computed; send fewer rows at a time, or give it longer"
             if began
-            else "the request's 'timeout' passed while it waited, so it was not computed; send it again later"
+            else f"{_TIME} passed while it waited, so it was not computed; send it again later"
         )
 
 

@@ -27,7 +27,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any, cast, final
@@ -37,6 +37,7 @@ import uvicorn
 from service import logs
 from service.asgi import Application
 from service.connection import Connection
+from service.listening import let_nobody_in
 from service.memory import give_back
 from service.threads import wait_for_threads
 from service.tls import GOODBYE_LIMIT_S, HANDSHAKE_LIMIT_S, Tls
@@ -107,6 +108,7 @@ class Server(uvicorn.Server):
         shutdown_delay_s: float = 0.0,
         max_connections: int = sys.maxsize,
         takes_at_once: int = TAKES_AT_ONCE,
+        when_closing: Callable[[], Awaitable[None]] | None = None,
         tls: Tls | None = None,
     ) -> None:
         """
@@ -114,6 +116,7 @@ class Server(uvicorn.Server):
             shutdown_delay_s: after SIGTERM, how long it is not ready and answers all the same.
             max_connections: while so many are open, others wait to be taken, until those that are idle make room.
             takes_at_once: so many connections are taken in a turn of the loop, or a quarter of those that are open.
+            when_closing: has nobody let in any more, if no other process goes on with the socket; None: there is none.
             tls: None for plain HTTP.
         """
         super().__init__(config(app))
@@ -122,6 +125,7 @@ class Server(uvicorn.Server):
         self._shutdown_delay_s = shutdown_delay_s
         self._max_connections = max_connections
         self._takes_at_once = takes_at_once
+        self._when_closing = when_closing
         self._failed: list[Callable[[], None]] = []
         """Of what is looked after: what has failed already."""
         self._signalled = asyncio.Event()
@@ -154,8 +158,10 @@ class Server(uvicorn.Server):
         while not self.should_exit:
             await self._signal_within(TICK_S)
         self._app.readiness.end()
+        delay_s = self._shutdown_delay_s if self._terminated else 0.0
+        _log.info("asked to end: not ready from now on, and nobody is let in any more in %g s", delay_s)
         loop = asyncio.get_running_loop()
-        end_s = loop.time() + (self._shutdown_delay_s if self._terminated else 0.0)
+        end_s = loop.time() + delay_s
         while not self._interrupted and (left_s := end_s - loop.time()) > 0:
             await self._signal_within(min(left_s, TICK_S))
 
@@ -174,7 +180,7 @@ class Server(uvicorn.Server):
         for look in (self._let_late_go, self._app.predictions.drop_late, self._app.access.look_again, self._read_again):
             try:
                 look()
-            except Exception:
+            except Exception:  # whatever it is, clients are looked after all the same
                 if look not in self._failed:
                     self._failed.append(look)
                     _log.exception("what is looked after once a second failed; it is tried again, and not said again")
@@ -196,6 +202,11 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
+        if self._when_closing is None:
+            let_nobody_in(self._listening)
+        else:
+            await self._when_closing()
+        await asyncio.sleep(DRAIN_TICK_S)  # who was being let in is in
         loop.remove_reader(self._listening)
         self._take(LISTEN_BACKLOG + 1)  # who came before the end, as many as can wait
         self._listening.close()
@@ -208,6 +219,7 @@ class Server(uvicorn.Server):
         while self.server_state.connections and not self.force_exit and loop.time() < end_s:
             await asyncio.sleep(DRAIN_TICK_S)
             self._look_after()
+        _log.info("%s", f"{left} connections are cut" if (left := len(self._connections)) else "all were answered")
         for connection in self._connections:
             connection.give_up()
         await asyncio.sleep(DRAIN_TICK_S)

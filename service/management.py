@@ -9,6 +9,7 @@ Rule 2: the index says of everything in the folder why it is not served, also wh
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any, TypeVar, final
@@ -26,6 +27,8 @@ from service.prediction import check_content_type
 from service.protocol.json import check_keys, parsed
 from service.repository import Repository
 from service.settings import Settings
+
+_log = logging.getLogger(__name__)
 
 LONGEST_BODY_BYTES = 64 * 1024
 """Nothing that is asked here is longer."""
@@ -187,6 +190,7 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
     async def unload(model: str, request: Request) -> Response:
         await _asked(request, LoadRequest, limit_bytes)
         await crew.unload(model)
+        _log.info("model '%s' was unloaded, as somebody asked", model)
         return Response()
 
     @app.get(
@@ -207,10 +211,12 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
     async def move_alias(model: str, alias: str, request: Request) -> dict[str, str | bool]:
         asked = await _asked(request, AliasRequest, limit_bytes)
         kept = await crew.move_alias(model, alias, asked.version)
+        _log.info("alias '%s' of model '%s' is version %s now, as somebody asked", alias, model, asked.version)
         return {"model": model, "alias": alias, "version": asked.version, "survives_restart": kept}
 
     @app.delete("/v2/repository/models/{model}/aliases/{alias}", summary="Take an alias away", **about)
     async def remove_alias(model: str, alias: str, request: Request) -> dict[str, str | bool]:
         await _asked(request, LoadRequest, limit_bytes)
         kept = await crew.move_alias(model, alias, None)
+        _log.info("alias '%s' of model '%s' is gone, as somebody asked", alias, model)
         return {"model": model, "alias": alias, "survives_restart": kept}

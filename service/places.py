@@ -2,7 +2,8 @@
 
 Rule 1: nothing here opens a file; names and what the file system says of them are enough.
 Rule 2: what begins with a dot is being written, and is not there yet.
-Rule 3: a model that was laid a step too high or too low hides no others (`layout`).
+Rule 3: a model that was laid a step too high or too low hides no others (`layout`). What a folder is, is told once,
+        when the service starts: a version that goes away for a moment must not make a model of its neighbour.
 Rule 4: what cannot be read is passed over by `find`, and named by `misplaced`.
 """
 
@@ -59,13 +60,18 @@ class Misplaced:
         return f"{self.name}/{self.version}" if self.version else self.name
 
 
-def find(path: Path, model: str | None = None, *, called: str = "") -> list[Found]:
+Layout = Literal["bundle", "file", "model", "repository"]
+"""`file`: a folder with one ONNX file in it and nothing else that could be a model."""
+
+
+def find(path: Path, model: str | None = None, *, called: str = "", kind: Layout | None = None) -> list[Found]:
     """All versions under a repository (NAME/VERSION/), a model (VERSION/), a bundle, or a plain ONNX file.
 
     Args:
         model: only this one's are looked for.
         called: the name of the one model there, whatever its folder or file is called; empty keeps that. A bundle whose
             own folder is no number is then version 1.
+        kind: what the folder is; None: what lies in it tells.
 
     Returns:
         In order of the models' names, and of each the oldest version first.
@@ -74,13 +80,13 @@ def find(path: Path, model: str | None = None, *, called: str = "") -> list[Foun
         WrongCall: nothing is there, or nothing that could be a model, or several models for one name.
     """
     if called:
-        return [] if model not in (None, called) else _called(called, find(path), path)
+        return [] if model not in (None, called) else _called(called, find(path, kind=kind), path)
     if path.is_file():
         found = [Found(name=plain_name(path), version="1", path=path)]
     elif not path.is_dir():
         raise WrongCall(f"there is nothing at '{path}'; give a model repository, a bundle or an ONNX file")
     else:
-        match layout(path):
+        match kind or layout(path):
             case "bundle":
                 whole = path.resolve()
                 found = [Found(name=safe_name(whole.parent.name), version=safe_name(whole.name), path=path)]
@@ -95,8 +101,9 @@ def find(path: Path, model: str | None = None, *, called: str = "") -> list[Foun
                     if model is None or NAME_PATTERN.fullmatch(model)
                     for version in versions_in(folder)
                 ]
-    if not found and (file := only_file(path)) is not None:
-        found = find(file)
+            case "file":
+                file = only_file(path)
+                found = [] if file is None else find(file)
     if not found and model is None:
         there = "".join(f"; '{it.name}': {it.reason}" for it in misplaced(path)[:3])
         raise WrongCall(
@@ -106,7 +113,9 @@ def find(path: Path, model: str | None = None, *, called: str = "") -> list[Foun
     return [version for version in found if model is None or version.name == model]
 
 
-Layout = Literal["bundle", "model", "repository"]
+def layout_at(path: Path) -> Layout | None:
+    """None if it is no folder."""
+    return layout(path) if path.is_dir() else None
 
 
 def layout(path: Path) -> Layout:
@@ -122,21 +131,23 @@ def layout(path: Path) -> Layout:
         return "repository"
     if (path / MODEL_FILE).is_file():
         return "bundle"
-    return "model" if versions else "repository"
+    if versions:
+        return "model"
+    return "repository" if only_file(path) is None else "file"
 
 
-def misplaced(path: Path, *, called: str = "") -> list[Misplaced]:
+def misplaced(path: Path, *, called: str = "", kind: Layout | None = None) -> list[Misplaced]:
     """What in a repository or in a model's folder is not found by `find`, in order of the names.
 
     Left out are names that begin with a dot, and files that nobody can mean as a model.
 
     Args:
-        path, called: as for `find`.
+        path, called, kind: as for `find`.
     """
     if not os.path.isdir(path):
         return []
-    match layout(path):
-        case "bundle":
+    match kind or layout(path):
+        case "bundle" | "file":
             return []
         case "model":
             return _misplaced_in_model(_parted(path)[1], called or safe_name(path.resolve().name))

@@ -131,7 +131,8 @@ def refusal(found: Sequence[Judged], versions: Collection[str] | None) -> LoadRe
         return None
     first, *more = refused
     also = "".join(f"; version {one.version} was {one.reason}" for one in more)
-    return LoadRefused(model=first.name, version=first.version, reason=first.reason + also)
+    serves = next((f"; version {one.version} is served" for one in found if one.ready), "")
+    return LoadRefused(model=first.name, version=first.version, reason=first.reason + also + serves)
 
 
 LookedAt = TypeVar("LookedAt", bound=Judged)

@@ -293,7 +293,7 @@ class _Prediction:
         self.reply(status, said, content)
         try:
             self._count_refused(error, status, given, took_ns)
-        except Exception:
+        except Exception:  # the refusal was given; nobody is helped if this fails too
             _log.exception("a refusal could not be counted")
 
     def _count_refused(self, error: BaseException, status: int, given: bytes, took_ns: int) -> None:

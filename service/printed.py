@@ -83,7 +83,7 @@ class _Curl:
 
 def _call(repository: Repository, curl: _Curl) -> str:
     if not repository.models:
-        return f"nothing is served now; {curl.to('/v2/repository/index')} -X POST says why"
+        return f"no model answers by its name alone; {curl.to('/v2/repository/index')} -X POST says why"
     live = next((live for live in repository.models if live.reader is not None), repository.models[0])
     if live.reader is not None:
         path = "/predict" if len(repository.models) == 1 else f"/models/{live.name}/predict"

@@ -31,6 +31,7 @@ from service.coalescing import Coalescer
 from service.counts import Counts
 from service.errors import (
     AdmissionRefused,
+    LoadRefused,
     NotFound,
     NotReady,
     UnknownModel,
@@ -42,7 +43,7 @@ from service.errors import (
 )
 from service.limits import GRACE_S, SHARE, bounded_memory, bounded_time, free_memory_bytes
 from service.memory import give_back_soon
-from service.places import Found, Misplaced, find, misplaced, version_order
+from service.places import Found, Layout, Misplaced, find, layout_at, misplaced, version_order
 from service.policy import TORN, Rule, parse, settled
 from service.rehearsal import Batching, rehearse
 from service.runtime import Deadline, Placement
@@ -55,7 +56,6 @@ UNLOADED = "unloaded by request"
 """The reason why a version is not served that nobody refused."""
 
 GONE = "its folder is gone; it is served from memory until it is replaced or unloaded"
-MISSING = "not found in its folder, but the setting 'versions' or an alias names it"
 
 _log = logging.getLogger(__name__)
 
@@ -102,8 +102,14 @@ class Repository:
         placement: Placement,
         settings: Settings,
         aliases: Mapping[str, Aliases] | None = None,
+        kind: Layout | None = None,
     ) -> None:
+        """
+        Args:
+            kind: what `path` was when the service started; None: what it is now.
+        """
         self._path = path
+        self._kind = kind or layout_at(path)
         self._placement = placement
         self._settings = settings
         self._policy = parse(settings.versions)
@@ -137,7 +143,10 @@ class Repository:
 
     def misplaced(self) -> list[Misplaced]:
         """What lies in the folder and cannot be served there; looked for now, so it is called in a thread."""
-        return misplaced(self._path, called=self._settings.name)
+        return misplaced(self._path, called=self._settings.name, kind=self._kind)
+
+    def _find(self, name: str) -> list[Found]:
+        return find(self._path, name, called=self._settings.name, kind=self._kind)
 
     def give_up(self, name: str) -> None:
         """What `admit` made of a model is not going to be served."""
@@ -167,9 +176,16 @@ class Repository:
         if not asked and before and all(entry.reason == UNLOADED for entry in before):
             return before
         try:
-            there = {found.version: found for found in find(self._path, name, called=self._settings.name)}
+            there = {found.version: found for found in self._find(name)}
         except WrongCall:  # nothing is left there
             there = {}
+        if asked and not there and any(entry.ready for entry in before):
+            version = next(entry.version for entry in before if entry.ready)
+            raise LoadRefused(
+                model=name,
+                version=version,
+                reason=f"not found under '{self._path}' any more; put it back. It is served from memory",
+            )
         if asked and not there:
             why = "; ".join(f"'{it.place}': {it.reason}" for it in self.misplaced() if it.name == name)
             raise UnknownModel(model=name, models=sorted(self._live), why=why)
@@ -183,7 +199,9 @@ class Repository:
         def look(version: str) -> list[Entry]:
             found, live, known = there.get(version), serving.get(version), refused.get(version)
             if found is None:
-                return [_serving(live, GONE) if live is not None else _missing(name, version)]
+                return [
+                    _serving(live, GONE) if live is not None else _missing(name, version, self._aliases.get(name, {}))
+                ]
             if not asked and version not in versions:  # type: ignore[operator]  # asked is None
                 if known is None and live is None:  # it is wanted only now
                     return [self._load(found, passports, decided)]
@@ -261,7 +279,8 @@ class Repository:
     def keep_aliases(self, name: str) -> bool:
         """Write a model's aliases into its folder, in a thread; whether they will be there after a restart."""
         return aliasing.keep(
-            aliasing.folder_of(self._path, name, called=self._settings.name), self._aliases.get(name, {})
+            aliasing.folder_of(self._path, name, called=self._settings.name, kind=self._kind),
+            self._aliases.get(name, {}),
         )
 
     @property
@@ -296,7 +315,8 @@ class Repository:
             NotFound: there are several, so the request must name one.
         """
         if not self._live:
-            raise NotReady("no model is ready")
+            name = next((live.name for live in self.lives), None)
+            raise NotReady("no model is ready") if name is None else self._not_served(name, None)
         if len(self._live) > 1:
             raise NotFound(f"several models are served; name one, as in /models/NAME/predict: {listing(self._live)}")
         return next(iter(self._live.values()))
@@ -378,22 +398,24 @@ def load(
     *,
     begin: Callable[[Found], None] = lambda _: None,
     tell: Callable[[Entry], None] = lambda _: None,
+    kind: Layout | None = None,
 ) -> Repository:
     """Admit those versions of each model under `path` that are to be live.
 
     Args:
+        kind: what `path` was when the service started; None: what it is now.
         begin: is called with each version before it is loaded.
         tell: is called with each version as soon as it is decided.
 
     Raises:
         WrongCall: there is nothing that could be a model, or its aliases cannot be read.
     """
-    policy = parse(settings.versions)
+    policy, kind = parse(settings.versions), kind or layout_at(path)
     entries: list[Entry] = []
     aliases: dict[str, Aliases] = {}
-    for name, of_one in groupby(find(path, called=settings.name), lambda found: found.name):
+    for name, of_one in groupby(find(path, called=settings.name, kind=kind), lambda found: found.name):
         there = {found.version: found for found in of_one}
-        folder = aliasing.folder_of(path, name, called=settings.name)
+        folder = aliasing.folder_of(path, name, called=settings.name, kind=kind)
         aliases[name] = aliasing.read(folder) if folder is not None else {}
         rule, held = policy.of(name), set(aliases[name].values())
         passports = _with_passport(there.values())
@@ -403,7 +425,7 @@ def load(
         ) -> list[Entry]:
             found = there.get(version)
             if found is None:
-                entry = _missing(name, version)
+                entry = _missing(name, version, aliases[name])
             else:
                 begin(found)
                 entry = load_bounded(found, placement, settings, passports)
@@ -414,7 +436,7 @@ def load(
     if unknown := sorted(policy.by_model.keys() - aliases.keys()):
         there_are = listing(aliases)
         _log.warning("--versions names models that are not there: %s; there are: %s", listing(unknown), there_are)
-    return Repository(entries, path=path, placement=placement, settings=settings, aliases=aliases)
+    return Repository(entries, path=path, placement=placement, settings=settings, aliases=aliases, kind=kind)
 
 
 def load_these(
@@ -423,14 +445,17 @@ def load_these(
     settings: Settings,
     versions: Collection[tuple[str, str]],
     begin: Callable[[Found], None],
+    kind: Layout | None,
 ) -> list[Entry]:
     """Admit these versions, by name and version, and no others; one that is not there is left out."""
     try:
-        there = [found for found in find(path, called=settings.name) if (found.name, found.version) in versions]
+        found_there = find(path, called=settings.name, kind=kind)
     except WrongCall:  # nothing is left there
         return []
     entries = []
-    for found in there:
+    for found in found_there:
+        if (found.name, found.version) not in versions:
+            continue
         _log.info("%s/%s is being loaded", found.name, found.version)
         begin(found)
         entries.append(load_bounded(found, placement, settings))
@@ -474,8 +499,11 @@ def _serving(live: Live, reason: str = "") -> Entry:
     return Entry(name=live.name, version=live.version, state="READY", reason=reason, live=live)
 
 
-def _missing(name: str, version: str) -> Entry:
-    return Entry(name=name, version=version, state="UNAVAILABLE", reason=MISSING)
+def _missing(name: str, version: str, aliases: Aliases) -> Entry:
+    alias = next((alias for alias, named in aliases.items() if named == version), None)
+    whose = "the setting 'versions'" if alias is None else f"the alias '{alias}' ({aliasing.FILE})"
+    reason = f"not found in its folder, but {whose} names it; put it there, or name another"
+    return Entry(name=name, version=version, state="UNAVAILABLE", reason=reason)
 
 
 def _has_same_bytes(found: Found, live: Live) -> bool:

@@ -32,8 +32,10 @@ from service.errors import EvalmodeError, LoadRefused, first_line
 from service.places import (
     MODEL_FILE,
     NAME_PATTERN,
+    Layout,
     Misplaced,
     layout,
+    layout_at,
     misplaced,
     only_file,
     plain_name,
@@ -66,18 +68,22 @@ class Seen:
     misplaced: Sequence[Misplaced] = field(default_factory=list)
 
 
-def look(path: Path, *, called: str = "") -> Seen:
-    """Every version under `path`; both are what `places.find` takes."""
+def look(path: Path, *, called: str = "", kind: Layout | None = None) -> Seen:
+    """Every version under `path`; all three are what `places.find` takes."""
     versions: dict[Key, Marks] = {}
     unreadable: dict[str, str] = {}
     try:
         if not stat.S_ISDIR(os.stat(path).st_mode):
             versions[plain_name(path), "1"] = (_mark(path, path.name),)
-        elif (kind := layout(path)) == "bundle" and (marks := _marks(path)) is not None:
+        elif (kind := kind or layout(path)) == "bundle":
             whole = path.resolve()
-            versions[safe_name(whole.parent.name), safe_name(whole.name)] = marks
+            if (marks := _marks(path)) is not None:
+                versions[safe_name(whole.parent.name), safe_name(whole.name)] = marks
         elif kind == "model":
             _note(safe_name(path.resolve().name), _versions(path), versions, unreadable)
+        elif kind == "file":
+            if (file := only_file(path)) is not None:
+                versions[plain_name(file), "1"] = (_mark(file, file.name),)
         else:
             for model in _folders(path):
                 try:
@@ -86,14 +92,12 @@ def look(path: Path, *, called: str = "") -> Seen:
                     pass
                 except OSError as error:
                     unreadable[model.name] = str(error.strerror)
-            if not versions and not unreadable and (file := only_file(path)) is not None:
-                versions[plain_name(file), "1"] = (_mark(file, file.name),)
     except OSError as error:
         unreadable[""] = str(error.strerror)
     if called:
         versions = {(called, version_called(path, version)): marks for (_, version), marks in versions.items()}
         unreadable = {_under(called, where): why for where, why in unreadable.items()}
-    return Seen(versions=versions, unreadable=unreadable, misplaced=misplaced(path, called=called))
+    return Seen(versions=versions, unreadable=unreadable, misplaced=misplaced(path, called=called, kind=kind))
 
 
 def _under(model: str, where: str) -> str:
@@ -219,9 +223,10 @@ class Watcher:
         """
         self._path = path
         self._called = called
+        self._kind = layout_at(path)
         self._every_s = every_s
         self._unreadable: Mapping[str, str] = {}
-        first = look(path, called=called) if every_s else Seen()
+        first = look(path, called=called, kind=self._kind) if every_s else Seen()
         self._misplaced = self._misplaced_and_told = first.misplaced
         self._watch = Watch(first)
 
@@ -230,7 +235,7 @@ class Watcher:
         while self._every_s:
             await asyncio.sleep(self._every_s)
             try:
-                seen = await aside(lambda: look(self._path, called=self._called))
+                seen = await aside(lambda: look(self._path, called=self._called, kind=self._kind))
             except Exception as error:  # what nobody foresaw must not end the looking
                 if "" not in self._unreadable:
                     _log.exception("looking at '%s' broke", self._path)

@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import final
 
 from service.errors import EvalmodeError, Refused
+from service.listening import let_nobody_in
+from service.places import layout_at
 from service.settings import Settings
 from service.stdout import say
 from service.watching import Watcher
-from service.workers.channel import Gone
+from service.workers.channel import Facts, Gone
 from service.workers.conductor import Conductor
 from service.workers.process import Process
 
@@ -64,7 +66,7 @@ class Supervisor:
         self._settings = settings
         self._listening = listening
         self._path = path
-        self._facts = {"path": str(path), "settings": settings.model_dump(mode="json")}
+        self._facts = {"path": str(path), "kind": layout_at(path), "settings": settings.model_dump(mode="json")}
         self._conductor = Conductor()
         self._workers: set[Process] = set()
         self._spare: asyncio.Task[Process] | None = None
@@ -75,6 +77,8 @@ class Supervisor:
         """The place of the worker that says what is served, while nobody has said it."""
         self._stop_signal = signal.SIGTERM
         """What workers are stopped with: they take their time for SIGTERM."""
+        self._stop = asyncio.Event()
+        """Somebody asked all to end."""
         self._stopping = False
         self._unfinished = 0
         """Workers that could not end as they were asked to, because their engine did not come back."""
@@ -85,31 +89,30 @@ class Supervisor:
         Raises:
             WrongCall, Refused: as the first worker said, or no worker can be started; or not all could end well.
         """
-        stop = asyncio.Event()
 
         def end(signum: signal.Signals) -> None:
-            if not stop.is_set():
+            if not self._stop.is_set():
                 self._stop_signal = signum
-                stop.set()
+                self._stop.set()
             elif signum == signal.SIGINT:  # the second time: what is being answered is given up
                 for worker in self._workers:
                     worker.send(signal.SIGKILL)
 
         for signum in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(signum, end, signum)
-        stopped = asyncio.create_task(stop.wait())
+        stopped = asyncio.create_task(self._stop.wait())
         watching = asyncio.create_task(self._watch())
         kept = [asyncio.create_task(self._keep(place)) for place in range(self._settings.workers)]
         done, _ = await asyncio.wait([stopped, *kept], return_when=asyncio.FIRST_COMPLETED)
-        self._listening.close()  # who comes now is refused at once
         tasks = [stopped, watching, *kept]
-        self._stopping = stop.is_set()
+        self._stopping = self._stop.is_set()
         for task in tasks:
             task.cancel()
         if self._spare is not None:
             with suppress(OSError):  # it could not be started
                 await self._dismissed(await self._spare)
         await asyncio.wait(tasks)
+        self._listening.close()
         for ended in done - {stopped}:
             ended.result()
         if self._unfinished:
@@ -225,9 +228,17 @@ class Supervisor:
         return await self._started()
 
     async def _started(self) -> Process:
-        worker = await Process.started(self._listening, self._conductor.answer)
+        worker = await Process.started(self._listening, self._answer)
         self._workers.add(worker)
         return worker
+
+    async def _answer(self, question: str, facts: Facts) -> object:
+        if question != "closing":
+            return await self._conductor.answer(question, facts)
+        if self._stop.is_set():  # else the others go on with the socket
+            let_nobody_in(self._listening)
+            self._listening.close()
+        return None
 
     async def _dismissed(self, worker: Process, signum: signal.Signals = signal.SIGTERM) -> str:
         """Have a process end, if it has not; how it did."""

@@ -27,7 +27,7 @@ from service.errors import STOPPING, NotReady, Refused
 from service.http_server import SHARED_TAKES_AT_ONCE, Server
 from service.loading import loaded, placed
 from service.meters import reading_of
-from service.places import Found
+from service.places import Found, Layout
 from service.printed import announcement
 from service.readings import Reading
 from service.repository import Entry, Repository, load_these
@@ -40,6 +40,9 @@ from service.workers.verdicts import Verdict
 
 STUCK_S = 30.0
 """A run that nobody waits for is ended between two operators; one that goes on for so long will not come back."""
+
+CLOSING_LIMIT_S = 1.0
+"""A supervisor that says nothing for so long is not waited for."""
 
 ORPHAN_LIMIT_S = 5.0
 """What is being answered when the supervisor is found gone may still take this long."""
@@ -98,12 +101,12 @@ class Worker:
         self._settings = settings
         verdicts = facts["verdicts"]
         if verdicts is None:
-            self._repository = await asyncio.to_thread(loaded, path, settings, self._begin)
+            self._repository = await asyncio.to_thread(loaded, path, settings, self._begin, facts["kind"])
             verdicts = await asyncio.to_thread(_verdicts, self._repository.entries)
         else:
             wanted = [Verdict(**verdict) for verdict in verdicts]
             self._repository = await asyncio.to_thread(
-                _loaded_as, path, settings, wanted, facts["aliases"], self._begin
+                _loaded_as, path, facts["kind"], settings, wanted, facts["aliases"], self._begin
             )
         host, port = self._listening.getsockname()[:2]
         said = announcement(self._repository, host, port, settings)
@@ -125,6 +128,7 @@ class Worker:
             shutdown_delay_s=self._settings.shutdown_delay_s,
             max_connections=self._settings.max_connections,
             takes_at_once=SHARED_TAKES_AT_ONCE,
+            when_closing=self._close,
             tls=tls_of(self._settings),
         )
         serving = self._tasks.create_task(server.serve(sockets=[self._listening]))
@@ -133,6 +137,11 @@ class Worker:
         if not listening.done():
             listening.cancel()
             raise Refused("the server ended before it listened; the log says why")
+
+    async def _close(self) -> None:
+        """The supervisor knows whether all end, or this one alone."""
+        with suppress(Gone, TimeoutError):
+            await asyncio.wait_for(self._supervisor.ask("closing"), CLOSING_LIMIT_S)
 
     def _admit(self, model: str, versions: Collection[str] | None, decided: Sequence[Facts] | None) -> list[Verdict]:
         """May take long, so it is called in a thread; the supervisor has one model admitted at a time."""
@@ -199,6 +208,7 @@ def _stuck(repository: Repository) -> str:
 
 def _loaded_as(
     path: Path,
+    kind: Layout | None,
     settings: Settings,
     verdicts: Sequence[Verdict],
     aliases: Mapping[str, Aliases],
@@ -212,7 +222,7 @@ def _loaded_as(
     placement = placed(settings)
     wanted = {(verdict.name, verdict.version) for verdict in verdicts if verdict.ready}
     found = (
-        {(entry.name, entry.version): entry for entry in load_these(path, placement, settings, wanted, begin)}
+        {(entry.name, entry.version): entry for entry in load_these(path, placement, settings, wanted, begin, kind)}
         if wanted
         else {}
     )
@@ -229,7 +239,7 @@ def _loaded_as(
                 "serve: its files were changed since; load it, or put back what was there"
             )
     entries = [found[(it.name, it.version)] if it.ready else _refused(it) for it in verdicts]
-    return Repository(entries, path=path, placement=placement, settings=settings, aliases=aliases)
+    return Repository(entries, path=path, placement=placement, settings=settings, aliases=aliases, kind=kind)
 
 
 def _tried(verdicts: Sequence[Verdict]) -> dict[str, Tried]:

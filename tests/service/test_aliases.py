@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from service import aliases as aliasing
 from service.aliases import FILE
 from service.crew import Alone
 from service.errors import WrongCall
+from service.loading import loaded
 from service.repository import Repository, load
 from service.runtime import place
 from service.settings import Settings
@@ -150,6 +152,21 @@ def test_an_alias_without_its_version_is_not_another(models: Path) -> None:
     assert "alias 'stable' of model 'table' is version 9, which is not live" in said
     index = {one["version"]: one["reason"] for one in ask(repository, "POST", "/v2/repository/index").json()}
     assert "not found in its folder" in index["9"]
+
+
+def test_an_alias_whose_version_is_gone_keeps_no_service_from_starting(models: Path) -> None:
+    """Who names the other version is answered; the alias can be moved, and everybody is told that it has to be."""
+    shutil.rmtree(models / "table" / "1")
+    (models / "table" / FILE).write_text('{"stable": "1"}')
+    repository = loaded(models, Settings(threads=1, max_batch_rows=8))
+    assert answered_by(repository, "3") == "3"
+    refused = ask(repository, "POST", "/predict", SAMPLE)
+    assert (refused.status_code, answered_by(repository)) == (503, "not_ready")
+    assert "alias 'stable' of model 'table' is version 1, which is not live" in refused.json()["error"]
+    (missing,) = [entry.reason for entry in repository.entries if not entry.ready]
+    assert missing.startswith("not found in its folder, but the alias 'stable' (aliases.json) names it")
+    assert ask(repository, "PUT", f"{ALIASES}/stable", {"version": "3"}).status_code == 200
+    assert answered_by(repository) == "3"
 
 
 def test_aliases_outlive_the_process(models: Path) -> None:

@@ -125,7 +125,7 @@ def test_auto_says_what_it_chose_and_why() -> None:
 def test_what_the_file_system_refuses_is_a_sentence(
     tmp_path: Path, sample: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def closed(_: Path, model: str | None = None, *, called: str = "") -> None:
+    def closed(_: Path, model: str | None = None, *, called: str = "", kind: object = None) -> None:
         raise PermissionError(13, "Permission denied", "models")
 
     monkeypatch.setattr("service.repository.find", closed)

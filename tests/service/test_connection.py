@@ -617,6 +617,7 @@ def test_a_caller_is_looked_for(served: Served, monkeypatch: pytest.MonkeyPatch)
     with served.connect() as one, served.connect() as other:
         for client in (one, one, other):
             assert client.ask(SMALL.declared()).status == 200
+    served.until(lambda: len(told) == 6)
     first = told[1]
     assert told[:5] == ["received", first, "received", first, "received"]
     assert told[5] not in ("received", first)

@@ -200,7 +200,7 @@ def test_freeze_rescues_and_says_what_proves_it(tmp_path: Path, capsys: pytest.C
         ("nowhere.onnx", "out.onnx", 2, "nowhere.onnx' is not there"),
         (".", "out.onnx", 2, "holds no model.onnx"),
         ("net.onnx", "net.onnx", 2, "already there and is not replaced"),
-        ("noise.onnx", "out.onnx", 1, "its bytes cannot be parsed"),
+        ("noise.onnx", "out.onnx", 1, "9 bytes cannot be parsed"),
         ("net.onnx", "file/out.onnx", 1, "Not a directory|File exists"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 
 from service import management
 from service.errors import UnknownModel, WrongCall
-from service.places import MODEL_FILE, Misplaced, find, layout, misplaced
+from service.places import MODEL_FILE, Layout, Misplaced, find, layout, misplaced
 from service.repository import load
 from service.runtime import place
 from service.settings import Settings
@@ -100,10 +100,10 @@ def test_a_folder_that_hangs_keeps_nobody_waiting(models: Path, monkeypatch: pyt
     repository, looks, released = loaded(models), [], threading.Event()
     monkeypatch.setattr(management, "LOOK_LIMIT_S", 0.05)
 
-    def hanging(path: Path, *, called: str) -> list[Misplaced]:
+    def hanging(path: Path, *, called: str, kind: Layout | None) -> list[Misplaced]:
         looks.append(path)
         released.wait(20)
-        return misplaced(path, called=called)
+        return misplaced(path, called=called, kind=kind)
 
     async def scenario(client: httpx.AsyncClient) -> list[list[str]]:
         async def names() -> list[str]:

@@ -59,12 +59,12 @@ def verdict(version: str, reason: str = "") -> Verdict:
     ("versions", "sentence"),
     [
         (None, None),
-        ({"2"}, "version 2 of model 'net' was refused"),
-        ({"3", "2", "1"}, "version 2 of model 'net' was refused; version 1 was cut short"),
+        ({"2"}, "version 2 of model 'net' was refused; version 3 is served"),
+        ({"3", "2", "1"}, "version 2 of model 'net' was refused; version 1 was cut short; version 3 is served"),
         (set(), None),
     ],
 )
 def test_a_refusal_is_of_what_was_asked_for(versions: set[str] | None, sentence: str | None) -> None:
-    """By request the newest, by the folder whatever changed in it."""
+    """By request the newest, by the folder whatever changed in it; and what is served all the same is said."""
     said = refusal([verdict("3"), verdict("2", "refused"), verdict("1", "cut short")], versions)
     assert (str(said) if said else None) == sentence

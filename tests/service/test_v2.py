@@ -1085,7 +1085,8 @@ def test_a_model_whose_folder_is_gone_cannot_be_loaded(fresh: Repository, tmp_pa
     for name in ("norm", "other"):
         shutil.rmtree(tmp_path / name)
         response = ask(fresh, "POST", f"/v2/repository/models/{name}/load")
-        assert (response.status_code, response.json()["code"]) == (404, "unknown_model")
+        assert (response.status_code, response.json()["code"]) == (400, "load_refused")
+        assert "put it back. It is served from memory" in response.json()["error"]
     assert infer(fresh, "norm", request()).status_code == 200
 
 

@@ -21,7 +21,7 @@ from service import watching
 from service.bundle import MODEL_FILE, PASSPORT_FILE, Passport, digest
 from service.crew import Alone
 from service.errors import LoadRefused, NotReady
-from service.places import find
+from service.places import Layout, find
 from service.repository import Repository, load
 from service.runtime import place
 from service.settings import Settings
@@ -277,6 +277,37 @@ def test_a_new_version_is_served_and_an_old_one_can_be_removed(tmp_path: Path) -
     watched(models, scenario)
 
 
+@pytest.mark.parametrize(
+    ("stray", "served", "goes"),
+    [
+        ("stray/model.onnx", "", "table"),
+        ("stray.onnx", "", "table"),
+        ("table/backup/1/model.onnx", "table", "table/1"),
+    ],
+    ids=["a step too high", "a file", "a step too low"],
+)
+def test_what_goes_away_for_a_moment_makes_no_model_of_what_lies_there_in_vain(
+    tmp_path: Path, stray: str, served: str, goes: str
+) -> None:
+    """What the folder is was told by what lay in it at the start."""
+    models = tmp_path / "models"
+    write_table_bundle(models, name="table")
+    (models / stray).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(models / "table" / "1" / MODEL_FILE, models / stray)
+
+    async def scenario(house: House) -> None:
+        shutil.move(models / goes, tmp_path / "aside")
+        await house.until(lambda: "its folder is gone" in house.index()["1"][1])
+        await house.several_looks()
+        with pytest.raises(LoadRefused, match=r"any more; put it back\. It is served from memory"):
+            await house.crew.load("table")
+        shutil.move(tmp_path / "aside", models / goes)
+        await house.until(lambda: house.index()["1"] == ("READY", ""))
+        assert [entry.name for entry in house.repository.entries] == ["table"]
+
+    watched(models / served, scenario)
+
+
 def test_nothing_new_is_no_work(tmp_path: Path) -> None:
     """Nor is a folder that begins with a dot, nor a model that was unloaded by request."""
     write_table_bundle(tmp_path, name="table")
@@ -356,11 +387,11 @@ def test_a_file_system_that_hangs_keeps_nobody_waiting(tmp_path: Path, monkeypat
     write_table_bundle(tmp_path, name="table")
     hangs, released = threading.Event(), threading.Event()
 
-    def hanging(path: Path, *, called: str) -> Seen:
+    def hanging(path: Path, *, called: str, kind: Layout | None) -> Seen:
         hangs.set()
         assert threading.current_thread().daemon
         released.wait(20)
-        return look(path, called=called)
+        return look(path, called=called, kind=kind)
 
     async def scenario(house: House) -> None:
         monkeypatch.setattr(watching, "look", hanging)
@@ -379,7 +410,7 @@ def test_a_look_that_breaks_is_not_the_last(
     write_table_bundle(models, name="table")
     looks: list[bool] = []
 
-    def breaking(path: Path, *, called: str) -> Seen:
+    def breaking(path: Path, *, called: str, kind: Layout | None) -> Seen:
         looks.append(True)
         raise RecursionError("maximum recursion depth exceeded")
 
