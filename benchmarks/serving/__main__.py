@@ -21,7 +21,7 @@ from benchmarks.serving.beside import echo_beside
 from benchmarks.serving.installing import EVALMODE, CannotInstall, installed, versions
 from benchmarks.serving.measuring import Settings, measured_in_process, measured_run, now, steps
 from benchmarks.serving.records import Measured
-from benchmarks.serving.servers import ECHO, SERVERS, Server
+from benchmarks.serving.servers import ECHO, NEAR, SERVERS, Server
 from benchmarks.serving.summary import Summary
 from benchmarks.serving.workloads import ALL_CONNECTIONS, WORKLOADS, Workload
 
@@ -54,6 +54,9 @@ def bench(
     peers: Annotated[str | None, Parameter(help=f"Some of {','.join(_PEERS)}; default: all.")] = None,
     workloads: Annotated[str | None, Parameter(help=f"Some of {','.join(WORKLOADS)}; default: all.")] = None,
     rounds: Annotated[int, Parameter(help="Rounds; every server has its turn in each.")] = 5,
+    far_rounds: Annotated[
+        int | None, Parameter(help=f"Fewer rounds for all servers but {', '.join(NEAR)}; default: as many.")
+    ] = None,
     seconds: Annotated[int, Parameter(help="Seconds that a cell is measured for, after a warm-up of one.")] = 3,
     quick: Annotated[bool, Parameter(negative="", help="One round of one second at 1 and 32 connections.")] = False,
     full: Annotated[bool, Parameter(negative="", help="Images at 32 and 128 connections too.")] = False,
@@ -73,6 +76,7 @@ def bench(
     named = _chosen(peers, _PEERS, "peer")
     settings = Settings(
         rounds=1 if quick else rounds,
+        far_rounds=far_rounds,
         seconds=1 if quick else seconds,
         connections=QUICK_CONNECTIONS if quick else ALL_CONNECTIONS if full else None,
     )
@@ -111,7 +115,7 @@ def _measure(
     settings: Settings,
     out: Path,
 ) -> None:
-    plan = {workload.name: list(steps(workload, servers, settings.rounds)) for workload in workloads}
+    plan = {workload.name: list(steps(workload, servers, settings)) for workload in workloads}
     began, done, total = time.perf_counter(), 0, sum(map(len, plan.values()))
     for workload in workloads:
         with echo_beside(workload, programs=programs[ECHO]) as echo:
@@ -159,7 +163,12 @@ def _about(settings: Settings, workloads: list[Workload]) -> dict[str, object]:
     return {
         "date": now(),
         "finished": False,
-        "settings": {"rounds": settings.rounds, "seconds": settings.seconds, "connections": settings.connections},
+        "settings": {
+            "rounds": settings.rounds,
+            "far_rounds": settings.far_rounds,
+            "seconds": settings.seconds,
+            "connections": settings.connections,
+        },
         "workloads": {workload.name: workload.title for workload in workloads},
         "wrk": wrk,
         **environment(),

@@ -82,7 +82,8 @@ def _colour(title: str) -> str:
 
 def _below(summary: Summary) -> str:
     about = summary.measured.about
-    rounds = 1 + max(run.round for run in summary.measured.runs)
+    counts = sorted({len(summary.runs(WORKLOAD, server.name)) for server in SERVERS} - {0})
+    rounds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return (
         f"Dense network 30-200-100-2 with BatchNorm, JSON, one worker each. Median of {rounds} alternating "
         f"rounds; lines: least and most.\nwrk on the same machine: {about['cpu']}, {about['cpus']} CPUs. "

@@ -19,7 +19,7 @@ from benchmarks.serving.installing import EVALMODE
 from benchmarks.serving.load import WARM_UP_S, WrkFailed, driven, write_bodies
 from benchmarks.serving.process import DidNotStart, Running, free_port, machine_cpu_s
 from benchmarks.serving.records import Cell, InProcess, Run
-from benchmarks.serving.servers import ECHO, Server
+from benchmarks.serving.servers import ECHO, NEAR, Server
 from benchmarks.serving.wire import Wire, constant
 from benchmarks.serving.workloads import BUILD, CROWD, USUAL, Workload
 
@@ -30,6 +30,8 @@ class Settings:
 
     rounds: int
     seconds: int
+    far_rounds: int | None = None
+    """Of the servers that no bar is judged by and none is near to; None: as many."""
     connections: tuple[int, ...] | None = None
     """In place of each workload's own."""
 
@@ -50,11 +52,12 @@ def turned(servers: Sequence[Server], round_number: int) -> list[Server]:
     return [*servers[start:], *servers[:start]]
 
 
-def steps(workload: Workload, servers: Sequence[Server], rounds: int) -> Iterator[tuple[int, Server]]:
+def steps(workload: Workload, servers: Sequence[Server], settings: Settings) -> Iterator[tuple[int, Server]]:
     """Rounds and servers, in the order in which they are measured."""
-    taking_part = [server for server in servers if isinstance(server.asked[workload.name], Wire)]
-    for round_number in range(rounds):
-        for server in turned(taking_part, round_number):
+    asked = [server for server in servers if isinstance(server.asked[workload.name], Wire)]
+    for round_number in range(settings.rounds):
+        far = settings.far_rounds is None or round_number < settings.far_rounds
+        for server in turned([server for server in asked if far or server.name in NEAR], round_number):
             yield round_number, server
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from benchmarks.serving.bars import verdicts
 from benchmarks.serving.installing import EVALMODE
-from benchmarks.serving.servers import ECHO, SERVERS, Server
+from benchmarks.serving.servers import ECHO, NEAR, SERVERS, Server
 from benchmarks.serving.summary import Figure, Summary
 from benchmarks.serving.wire import Wire
 from benchmarks.serving.workloads import SAME_ANSWER
@@ -38,6 +39,13 @@ def report(summary: Summary) -> str:
     return "\n".join(
         [*_opening(summary), *_bars(summary), *_workloads(summary), *_how(summary), *_left_out(summary), ""]
     )
+
+
+def rounds_said(about: dict[str, Any]) -> str:
+    """How many there were, and for whom fewer."""
+    rounds, far = about["settings"]["rounds"], about["settings"].get("far_rounds")
+    fewer = f" ({far} for the peers that are not near: all but {', '.join(NEAR)})" if far and far < rounds else ""
+    return f"{rounds} alternating rounds{fewer}"
 
 
 def bars_table(summary: Summary) -> list[str]:
@@ -73,7 +81,7 @@ def _opening(summary: Summary) -> Iterator[str]:
     yield ""
     yield f"{about['date']}. {about['cpu']}, {about['cpus']} CPUs; Python {about['python']}; commit {about['commit']}."
     yield (
-        f"`python -m benchmarks.serving`: {about['settings']['rounds']} alternating rounds, "
+        f"`python -m benchmarks.serving`: {rounds_said(about)}, "
         f"{about['settings']['seconds']} s a cell, {about['wrk']} with one thread on the same machine, nothing pinned."
     )
     if strangers := summary.strangers_cpus():

@@ -16,6 +16,8 @@ from benchmarks.serving.workloads import BUILD, CREDIT, Workload
 
 ECHO = "echo"
 FASTAPI = "fastapi"
+NEAR = (ECHO, EVALMODE, FASTAPI, "mosec-batching", "triton-batching")
+"""Those that bars are judged by, and the peers that come nearest."""
 OWN = {"dense": Wire.V2, "credit": Wire.NAMED, "image-json": Wire.V2, "image-binary": Wire.BINARY}
 USER_CODE = {"dense": Wire.ROW, "credit": Wire.NAMED, "image-json": Wire.ROW, "image-binary": Wire.RAW}
 TENSORS_ONLY = "takes tensors only; a sample by name would need a client of its own"

@@ -12,9 +12,9 @@ import pytest
 from benchmarks.serving import chart, report
 from benchmarks.serving.bars import Verdict, verdicts
 from benchmarks.serving.load import WrkFailed, parsed
-from benchmarks.serving.measuring import Settings, turned
+from benchmarks.serving.measuring import Settings, steps, turned
 from benchmarks.serving.records import Cell, InProcess, Measured, Run
-from benchmarks.serving.servers import SERVERS
+from benchmarks.serving.servers import NEAR, SERVERS
 from benchmarks.serving.summary import Spread, Summary, requests_per_s
 from benchmarks.serving.wire import Wire, constant, numbers, request
 from benchmarks.serving.workloads import ALL_CONNECTIONS, SAME_ANSWER, Workload
@@ -94,6 +94,14 @@ def test_where_the_echo_failed_there_is_no_share_and_the_cell_stays() -> None:
     of = summary(run("evalmode", 0, cell(32, 750, echo=None)), run("evalmode", 1, cell(32, 500)))
     assert of.share("dense", "evalmode", 32) == Spread(0.5, 0.5, 0.5, 1)
     assert of.figure("dense", "evalmode", 32, requests_per_s) == Spread(625, 500, 750, 2)
+
+
+def test_the_far_ones_have_fewer_rounds() -> None:
+    plan = list(steps(DENSE, SERVERS, Settings(rounds=3, far_rounds=1, seconds=1)))
+    assert [server for number, server in plan if number == 0] == SERVERS
+    assert {server.name for number, server in plan if number > 0} == set(NEAR)
+    assert len(plan) == len(SERVERS) + 2 * len(NEAR)
+    assert len(list(steps(DENSE, SERVERS, Settings(rounds=3, seconds=1)))) == 3 * len(SERVERS)
 
 
 def test_the_crowd_comes_right_after_what_it_is_held_against() -> None:
