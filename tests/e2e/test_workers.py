@@ -335,14 +335,15 @@ def test_a_spoiled_version_does_not_end_the_other_models(serve: Serve, models: P
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_of_them_well(serve: Serve, models: Path, signum: signal.Signals) -> None:
-    """Exit code 0, nobody left, no traceback."""
+    """Exit code 0, nobody left, no traceback, and each says that it was asked to and that all were answered."""
     process = serve(models, "--workers", "2").process
     until(lambda: len(children(process.pid)) == PROCESSES)
     workers = children(process.pid)
     process.send_signal(signum)
     rest, _ = process.communicate(timeout=20)
     assert process.returncode == 0
-    assert rest.strip() == ""
+    said = [json.loads(line)["message"].split(":")[0] for line in rest.splitlines() if line]
+    assert sorted(said) == ["all were answered"] * SERVING + ["asked to end"] * SERVING
     assert not any(map(lives, workers))
 
 
