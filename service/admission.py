@@ -205,7 +205,7 @@ def check_structure(model: onnx.ModelProto, content: bytes = b"") -> tuple[Batch
         first = found.faults[0]
         remedy = (
             "measure its statistics again (`evalmode calibrate`)"
-            if "not finite" in first or "negative" in first
+            if first.endswith("that is not finite") or "has a negative running_var" in first
             else "put the network in eval mode with .eval()"
         )
         raise AdmissionRefused("structure", f"{first}{more}; {remedy} and export it again")
