@@ -14,6 +14,7 @@ server's answers are held against onnxruntime's. A peer that cannot be installed
 
     networks.py    workloads.py         what is served, and what is asked
     wire.py        servers.py  peers/   how each is asked, and how each is run
+    asking.py                           the two together, for one server and one workload
     installing.py  process.py  load.py  environments, processes, wrk
     measuring.py   records.py           rounds, and what was measured, as it came
     beside.py                           how fast the machine is at that moment

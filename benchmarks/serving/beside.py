@@ -6,18 +6,15 @@ So the echo runs all the time, and is driven just before and just after each cel
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.serving.answers import Client
-from benchmarks.serving.load import WrkFailed, driven, write_bodies
-from benchmarks.serving.process import free_port
+from benchmarks.serving.asking import Asking
+from benchmarks.serving.load import WrkFailed, driven
 from benchmarks.serving.servers import ECHO, SERVERS
-from benchmarks.serving.wire import Wire, constant
-from benchmarks.serving.workloads import BUILD, Workload
+from benchmarks.serving.workloads import Workload
 
 BESIDE_S = 1
 
@@ -47,19 +44,11 @@ def echo_beside(workload: Workload, *, programs: Path) -> Iterator[Echo]:
     Raises:
         DidNotStart: the echo does not answer.
     """
-    server = replace(next(server for server in SERVERS if server.name == ECHO), name="echo-beside")
-    wire = server.asked[workload.name]
-    assert isinstance(wire, Wire)
-    requests = workload.requests(wire)
-    bodies, echoed = BUILD / "bodies-beside", BUILD / "constant-beside.json"
-    write_bodies(bodies, requests)
-    echoed.write_text(json.dumps(constant(wire, workload.name, workload.expected[0])))
-    port = free_port()
-    url = server.url(workload, port)
-    client = Client(url, workload, requests, echo=True)
+    echo = next(server for server in SERVERS if server.name == ECHO)
+    asking = Asking.prepared(replace(echo, name="echo-beside"), workload)
     try:
-        with server.started(workload, port, programs=programs, constant=echoed) as running:
-            running.first_answer_s(client.first_wrong)
-            yield Echo(url, bodies)
+        with asking.started(programs) as running:
+            running.first_answer_s(asking.client.first_wrong)
+            yield Echo(asking.url, asking.bodies)
     finally:
-        client.close()
+        asking.client.close()

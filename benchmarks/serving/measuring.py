@@ -6,22 +6,22 @@ Rule 2: a server that fails to start or answers wrong is a run with a reason, an
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.serving import in_process
-from benchmarks.serving.answers import Client, WrongAnswer
+from benchmarks.serving.answers import WrongAnswer
+from benchmarks.serving.asking import Asking
 from benchmarks.serving.beside import Echo
 from benchmarks.serving.installing import EVALMODE
-from benchmarks.serving.load import WARM_UP_S, WrkFailed, driven, write_bodies
-from benchmarks.serving.process import DidNotStart, Running, free_port, machine_cpu_s
+from benchmarks.serving.load import WARM_UP_S, WrkFailed, driven
+from benchmarks.serving.process import DidNotStart, Running, machine_cpu_s
 from benchmarks.serving.records import Cell, InProcess, Run
-from benchmarks.serving.servers import ECHO, NEAR, Server
-from benchmarks.serving.wire import Wire, constant
-from benchmarks.serving.workloads import BUILD, CROWD, USUAL, Workload
+from benchmarks.serving.servers import NEAR, Server
+from benchmarks.serving.wire import Wire
+from benchmarks.serving.workloads import CROWD, USUAL, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,22 +72,15 @@ def measured_run(
     tell: Tell,
 ) -> Run:
     """One server in one round."""
-    wire = server.asked[workload.name]
-    assert isinstance(wire, Wire)
-    requests = workload.requests(wire)
-    bodies, echoed = BUILD / "bodies", BUILD / "constant.json"
-    write_bodies(bodies, requests)
-    echoed.write_text(json.dumps(constant(wire, workload.name, workload.expected[0])))
-    port = free_port()
-    url = server.url(workload, port)
+    asking = Asking.prepared(server, workload)
+    url, bodies = asking.url, asking.bodies
     cells: list[Cell] = []
     first_answer_s = None
-    client = Client(url, workload, requests, echo=server.name == ECHO)
     failure = None
     try:
-        with server.started(workload, port, programs=programs, constant=echoed) as running:
-            first_answer_s = running.first_answer_s(client.first_wrong)
-            client.check_all()
+        with asking.started(programs) as running:
+            first_answer_s = running.first_answer_s(asking.client.first_wrong)
+            asking.client.check_all()
             for connections in settings.connections_of(workload, server):
                 driven(url, bodies, connections=connections, seconds=WARM_UP_S)
                 cell = _cell(running, echo, url, bodies, connections, settings.seconds)
@@ -97,7 +90,7 @@ def measured_run(
         failure = f"{type(error).__name__}: {error}"
         tell(failure)
     finally:
-        client.close()
+        asking.client.close()
     return Run(
         workload=workload.name, round=round_number, server=server.name, first_answer_s=first_answer_s,
         cells=tuple(cells), failure=failure,

@@ -81,6 +81,7 @@ def test_structure_refuses_what_is_not_frozen(model: onnx.ModelProto, sentence: 
     refused = refusal(plain(model))
     assert refused.door == "structure"
     assert sentence in str(refused)
+    assert ("`evalmode calibrate`" if "running_var" in sentence or "finite" in sentence else ".eval()") in str(refused)
 
 
 def test_structure_refuses_what_is_not_a_model(tmp_path: Path) -> None:
