@@ -30,6 +30,7 @@ from export.networks import Served, TabularNet, TabularNetConfig
 from export.options import Task, TrainingOptions
 from service.errors import WrongCall, first_line, listing
 from service.files import whole_folder
+from service.misfit import first_misfit
 from service.signature import CategoricalFeature, ClassTarget, ContinuousFeature, Feature, Signature, Target
 
 DOCUMENT_FILE = "checkpoint.json"
@@ -205,9 +206,8 @@ def read(folder: Path) -> Checkpoint:
     try:
         document = Document.model_validate_json(_bytes(folder, DOCUMENT_FILE))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise WrongCall(f"'{folder / DOCUMENT_FILE}' is no checkpoint: {where}: {first['msg']}") from error
+        where, why, _ = first_misfit(error)
+        raise WrongCall(f"'{folder / DOCUMENT_FILE}' is no checkpoint: {where or 'the document'}: {why}") from error
     weights = _tensors(folder, WEIGHTS_FILE)
     state = TabularNet(document.network).state_dict()
     _require_fit(

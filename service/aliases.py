@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from service.errors import BadRequest, UnknownAlias, UnknownVersion, WrongCall, clipped
 from service.files import write_whole
+from service.misfit import first_misfit
 from service.places import NAME_PATTERN, Layout, find
 
 FILE = "aliases.json"
@@ -79,7 +80,7 @@ def read(folder: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (OSError, ValidationError) as error:
-        why = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
+        why = error.strerror if isinstance(error, OSError) else first_misfit(error).why
         raise WrongCall(
             f"'{folder / FILE}' does not tell the aliases of model '{folder.name}': {why}; it takes an object of "
             "versions by alias. Repair it, or remove it to serve without"

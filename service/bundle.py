@@ -31,6 +31,7 @@ from service.errors import AdmissionRefused, first_line
 from service.files import whole_folder
 from service.graph import external
 from service.limits import machine_memory_bytes
+from service.misfit import first_misfit
 from service.places import MODEL_FILE as MODEL_FILE
 from service.places import checked_name as checked_name
 from service.places import plain_name as plain_name
@@ -208,10 +209,9 @@ def read(folder: Path, *, name: str, version: str, tried: Digests | None = None)
     try:
         passport = Passport.model_validate_json(passport_bytes)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        where, why, _ = first_misfit(error)
         raise AdmissionRefused(
-            "digest", f"{PASSPORT_FILE} is not a passport: {where}: {first['msg']}; {_AGAIN}"
+            "digest", f"{PASSPORT_FILE} is not a passport: {where or 'the document'}: {why}; {_AGAIN}"
         ) from error
     for path in passport.files:
         if path not in contents:

@@ -17,6 +17,7 @@ from cyclopts import App, Parameter
 from pydantic import ValidationError
 
 from service.errors import EvalmodeError, Refused, WrongCall
+from service.misfit import first_misfit
 from service.settings import Device, Settings
 
 VERBS_GROUP = "evalmode.verbs"
@@ -78,11 +79,8 @@ def _say(code: int, sentence: str) -> int:
 
 def _sentence(error: ValidationError) -> str:
     """The first thing pydantic found wrong, named as the flag and the variable it can come from."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
-    flag = f"--{field.replace('_', '-')} (EVALMODE_{field.upper()})"
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{flag} is {first['input']!r}; {message}"
+    field, why, got = first_misfit(error)
+    return f"--{field.replace('_', '-')} (EVALMODE_{field.upper()}) is {got!r}; {why}"
 
 
 ServiceSettings = Annotated[Settings | None, Parameter(name="*")]

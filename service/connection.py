@@ -385,7 +385,7 @@ class Connection(HttpToolsProtocol):
     def _check_head(self) -> None:
         """
         Raises:
-            HeadersTooLarge: the parser goes no further, and asks for `_unreadable`.
+            HeadersTooLarge, BadRequest: the parser goes no further, and asks for `_unreadable`.
         """
         size = self._unhanded_bytes  # with what follows the head, so it is counted anew only where it may be too large
         if size > MOST_HEAD_BYTES:
@@ -393,6 +393,9 @@ class Connection(HttpToolsProtocol):
         self._unhanded_bytes = 0
         if len(self.url) > MOST_URL_BYTES or len(self.headers) > MOST_HEADERS or size > MOST_HEAD_BYTES:
             raise _too_large()
+        hosts = [name for name, _ in self.headers].count(b"host")
+        if hosts != 1 and self.parser.get_http_version() == "1.1":
+            raise BadRequest(f"the request has {hosts} 'host' headers; HTTP/1.1 wants one (RFC 9112, section 3.2)")
 
     def _short_way(self) -> Exchange | None:
         """None if the request has to go the other way."""

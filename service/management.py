@@ -21,7 +21,17 @@ from service import openapi
 from service.asgi import headers_by_name
 from service.aside import aside
 from service.crew import Crew
-from service.errors import BadRequest, BodyTooLarge, Forbidden, NotFound, NotReady, UnsupportedMediaType, clipped
+from service.errors import (
+    BadRequest,
+    BodyTooLarge,
+    Forbidden,
+    NotFound,
+    NotReady,
+    UnsupportedMediaType,
+    clipped,
+    describe,
+)
+from service.misfit import first_misfit
 from service.places import Misplaced, version_order
 from service.prediction import check_content_type
 from service.protocol.json import check_keys, parsed
@@ -96,10 +106,9 @@ async def _asked(request: Request, kind: type[AskedT], limit_bytes: int) -> Aske
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where, why, got = first_misfit(error)
         what = f"'{clipped(where)}' of the body" if where else "the body"
-        raise BadRequest(f"{what} does not fit: {first['msg'][:1].lower()}{first['msg'][1:]}") from error
+        raise BadRequest(f"{what} is {describe(got)}, which does not fit: {why}") from error
 
 
 @final

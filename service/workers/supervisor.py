@@ -6,8 +6,8 @@ Rule 2: a worker that ends is replaced, and so is one that hangs, or whose engin
     who cannot serve all that the others do: that is tried again and again until it can, and the others go on meanwhile.
     When there are no others any more, it is decided anew what is served, from what is there, as after a restart: one
     spoiled model ends no other.
-Rule 3: beside those that serve, a spare waits that has imported what a worker needs, and knows no model: so a dead one
-    is replaced in a third of the time of a start. Another spare is begun when all serve again.
+Rule 3: beside those that serve, a spare waits: so a dead one is replaced in a third of the time of a start. Another
+    spare is begun when all serve again.
 Rule 4: workers have sessions of their own, so a signal reaches them only through the supervisor; when that is gone,
     they see their channel end and stop.
 """
@@ -31,10 +31,9 @@ from service.stdout import say
 from service.watching import Watcher
 from service.workers.channel import Facts, Gone
 from service.workers.conductor import Conductor
+from service.workers.pauses import STEADY_S, pause_s
 from service.workers.process import Process
-
-STEADY_S = 10.0
-"""A worker that served this long did not fail at its start."""
+from service.workers.spare import Spare
 
 PING_S = 2.0
 HUNG_S = 20.0
@@ -53,11 +52,6 @@ HOPELESS = 3
 _log = logging.getLogger(__name__)
 
 
-def pause_s(failures: int) -> float:
-    """How long to wait before a worker is started again: not at all the first time, then 1, 2, 4, ... 30 seconds."""
-    return 0.0 if failures <= 1 else min(30.0, 2.0 ** min(failures - 2, 5))
-
-
 @final
 class Supervisor:
     """Keeps as many workers as the settings say."""
@@ -69,7 +63,7 @@ class Supervisor:
         self._facts = {"path": str(path), "kind": layout_at(path), "settings": settings.model_dump(mode="json")}
         self._conductor = Conductor()
         self._workers: set[Process] = set()
-        self._spare: asyncio.Task[Process] | None = None
+        self._spare = Spare(self._started, self._dismissed)
         self._announced = False
         self._failures = [0] * settings.workers
         """In a row, by place."""
@@ -108,9 +102,8 @@ class Supervisor:
         self._stopping = self._stop.is_set()
         for task in tasks:
             task.cancel()
-        if self._spare is not None:
-            with suppress(OSError):  # it could not be started
-                await self._dismissed(await self._spare)
+        if (spare := await self._spare.taken()) is not None:
+            await self._dismissed(spare)
         await asyncio.wait(tasks)
         self._listening.close()
         for ended in done - {stopped}:
@@ -219,13 +212,7 @@ class Supervisor:
 
     async def _taken(self) -> Process:
         """The spare, or where there is none that lives, a new process."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            worker = await spare
-            if not worker.ended:
-                return worker
-            await self._dismissed(worker)
-        return await self._started()
+        return await self._spare.taken() or await self._started()
 
     async def _started(self) -> Process:
         worker = await Process.started(self._listening, self._answer)
@@ -251,8 +238,7 @@ class Supervisor:
         """When all serve: there will be a spare, and the first time it is said."""
         if len(self._conductor.workers) < self._settings.workers:
             return
-        if self._spare is None:
-            self._spare = asyncio.create_task(self._started())
+        self._spare.want()
         if not self._announced:
             self._announced = True
             say(said)

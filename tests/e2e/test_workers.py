@@ -211,6 +211,25 @@ def test_a_killed_worker_is_replaced_while_the_other_serves(serve: Serve, models
     assert {answer.status_code for answer in everywhere(serving, "GET", "/v2/models/rate/ready")} == {503}
 
 
+def test_there_is_always_a_spare(serve: Serve, models: Path) -> None:
+    """It is nobody's worker, so that its end is no restart of one; and whoever dies next is replaced by the new one."""
+    serving = serve(models, "--workers", "2")
+    until(lambda: len(children(serving.process.pid)) == PROCESSES)
+    before = children(serving.process.pid)
+    for _ in range(2):
+        spare = max(children(serving.process.pid))
+        os.kill(spare, signal.SIGKILL)
+        until(lambda spare=spare: not lives(spare))  # type: ignore[misc]
+        until(lambda: len(children(serving.process.pid)) == PROCESSES)
+    assert len(before & children(serving.process.pid)) == SERVING
+    assert "evalmode_worker_restarts_total 0.0" in ask(serving, "GET", "/metrics").text
+    os.kill(killed := min(before), signal.SIGKILL)
+    new = max(children(serving.process.pid))
+    until(lambda: killed not in children(serving.process.pid) and len(children(serving.process.pid)) == PROCESSES)
+    assert new in children(serving.process.pid)
+    everywhere(serving, "POST", PREDICT, SAMPLE)
+
+
 def test_a_spare_that_died_is_not_counted_on(serve: Serve, models: Path) -> None:
     """A worker that dies then is replaced by a new process, at the first attempt, and there is a spare again."""
     serving = serve(models, "--workers", "2")

@@ -61,6 +61,11 @@ def test_predict_reads_standard_input(
             2,
             "--device (EVALMODE_DEVICE) is 'tpu'; input should be 'auto', 'cpu' or 'cuda'",
         ),
+        (
+            ["serve", "--versions", "latest:x"],
+            2,
+            "--versions (EVALMODE_VERSIONS) is 'latest:x'; 'latest:x' is no rule for versions; write latest",
+        ),
         (["serve", "--prot", "1"], 2, "Unknown option: --prot. Did you mean --port?"),
         (["serve", "{models}", "--host", "256.0.0.1"], 1, "cannot listen on"),
         (["frobnicate"], 2, "frobnicate"),

@@ -1151,7 +1151,7 @@ def test_the_server_looks_for_late_clients_by_itself(
 
 
 def with_lines(*lines: str) -> bytes:
-    return "\r\n".join([f"POST {SMALL.path} HTTP/1.1", *lines, "", "{}"]).encode()
+    return "\r\n".join([f"POST {SMALL.path} HTTP/1.1", "host: h", *lines, "", "{}"]).encode()
 
 
 NOT_HTTP = {
@@ -1165,6 +1165,9 @@ NOT_HTTP = {
     "a negative length": with_lines("content-length: -2"),
     "no length": with_lines("content-length: two"),
     "no chunk": with_lines("transfer-encoding: chunked", "") + b"zz\r\n",
+    "two hosts": with_lines("host: other", "content-length: 2"),
+    "no host": SMALL.declared().replace(b"host:", b"hose:"),
+    "no host, of a question": ALIVE.replace(b"host:", b"hose:"),
 }
 
 
@@ -1395,7 +1398,7 @@ def test_bodies_that_wait_for_their_turn_are_counted(repository: Repository, loo
         served.until(lambda: served.app.bodies.held_bytes == 0)
 
 
-@pytest.mark.parametrize("one", [b"GET / HTTP/1.1\r\n\r\n", ALIVE, numbered(1)], ids=["smallest", "small", "named"])
+@pytest.mark.parametrize("one", [b"GET / HTTP/1.1\r\nhost:\r\n\r\n", ALIVE, numbered(1)], ids=["smallest", "small", "named"])
 def test_who_sends_many_requests_is_read_as_fast_as_it_is_answered(
     served: Served, monkeypatch: pytest.MonkeyPatch, one: bytes
 ) -> None:

@@ -30,7 +30,8 @@ from service.workers import conductor as conducting
 from service.workers import supervisor
 from service.workers.channel import Channel, Facts, Gone, restored
 from service.workers.conductor import Conductor
-from service.workers.supervisor import Supervisor, pause_s
+from service.workers.pauses import pause_s
+from service.workers.supervisor import Supervisor
 from service.workers.tally import Tally
 from service.workers.verdicts import Verdict, joint
 from service.workers.worker import OneOfSeveral, Worker

@@ -1,0 +1,73 @@
+"""A process ahead of need, that has imported what a worker needs, and knows no model.
+
+Rule: it is there from the first want until it is taken; when it ends before that, there is another, with growing pauses
+    where that does not help.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import final
+
+from service.workers.pauses import STEADY_S, pause_s
+from service.workers.process import Process
+
+_log = logging.getLogger(__name__)
+
+
+@final
+class Spare:
+    """The one that waits for a worker to die."""
+
+    def __init__(self, start: Callable[[], Awaitable[Process]], dismiss: Callable[[Process], Awaitable[str]]) -> None:
+        """
+        Args:
+            dismiss: to be called for each that `start` gave and that is not taken; how it ended.
+        """
+        self._start = start
+        self._dismiss = dismiss
+        self._kept: asyncio.Task[None] | None = None
+        self._started: asyncio.Future[Process] | None = None
+
+    def want(self) -> None:
+        """Have one from now on."""
+        if self._kept is None:
+            self._kept = asyncio.create_task(self._keep())
+
+    async def taken(self) -> Process | None:
+        """It, if it lives; there is none then until somebody wants one again."""
+        kept, self._kept = self._kept, None
+        started, self._started = self._started, None
+        if kept is not None:
+            kept.cancel()
+        if started is None:
+            return None
+        with suppress(OSError):
+            spare = await started
+            if not spare.ended:
+                return spare
+            await self._dismiss(spare)
+        return None
+
+    async def _keep(self) -> None:
+        failures = 0
+        while True:
+            began_s = time.monotonic()
+            self._started = asyncio.ensure_future(self._start())
+            try:
+                spare = await asyncio.shield(self._started)  # whoever takes it meanwhile has it
+                await spare.wait()
+                ended = await self._dismiss(spare)
+            except OSError as error:  # no memory for another process, or too many of them
+                ended = f"cannot be started: {error.strerror}"
+            failures = 0 if time.monotonic() - began_s > STEADY_S else failures + 1
+            _log.warning(
+                "the spare, which would replace a worker that dies, %s; there is another in %.0f s",
+                ended,
+                pause_s(failures),
+            )
+            await asyncio.sleep(pause_s(failures))
