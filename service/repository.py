@@ -53,7 +53,8 @@ from service.statistics import Statistics
 from service.trial import Trials, Tried
 
 UNLOADED = "unloaded by request"
-"""The reason why a version is not served that nobody refused."""
+NOT_LOADED = "not loaded, as the model was unloaded by request; load it to serve it"
+"""The reasons why a version is not served that nobody refused; the second of one that came later."""
 
 GONE = "its folder is gone; it is served from memory until it is replaced or unloaded"
 
@@ -88,6 +89,11 @@ class Entry:
     @property
     def ready(self) -> bool:
         return self.live is not None
+
+    @property
+    def unloaded(self) -> bool:
+        """Nobody refused it."""
+        return self.reason in (UNLOADED, NOT_LOADED)
 
 
 @final
@@ -173,8 +179,9 @@ class Repository:
         """
         asked = versions is None
         before = self._entries.get(name, ())
-        if not asked and before and all(entry.reason == UNLOADED for entry in before):
-            return before
+        if versions is not None and before and all(entry.unloaded for entry in before):
+            came = sorted({*versions} - {entry.version for entry in before})
+            return *before, *(Entry(name=name, version=it, state="UNAVAILABLE", reason=NOT_LOADED) for it in came)
         try:
             there = {found.version: found for found in self._find(name)}
         except WrongCall:  # nothing is left there
