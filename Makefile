@@ -37,6 +37,7 @@ bench: $(DEV)/installed ## What is claimed, measured
 	$(DEV)/bin/python -m benchmarks.fold
 	$(DEV)/bin/python -m benchmarks.export_large
 	$(DEV)/bin/python -m benchmarks.steady
+	$(DEV)/bin/python -m benchmarks.seeing
 	$(DEV)/bin/python -m benchmarks.chaos
 	$(DEV)/bin/python -m benchmarks.faults
 	$(DEV)/bin/python -m benchmarks.overload

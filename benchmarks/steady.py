@@ -1,10 +1,11 @@
-"""What stays as it is: an idle server, one model among fifty, memory over many images, health beside a slow model.
+"""What stays as it is: an idle server, one model among fifty, memory over many predictions, health beside a slow model.
 
 Question: what does `evalmode serve` cost when nothing happens, and what does one caller feel of the others?
 Quantities: CPU seconds of an idle server in ten seconds; the median latency of one model when it is the only one and
 when 49 others are served beside it, in alternating rounds; resident memory after 1,000 and after 10,000 requests with
-an image of 3x224x224 in binary, and after 100 and 1,000 in JSON; the slowest of 50 health checks while a model of about
-half a second runs.
+an image of 3x224x224 in binary, and after 100 and 1,000 in JSON; how resident memory grows over 1,000,000 predictions
+of the shipped model, by name, after 100,000 to warm up, by least squares, with its standard error; the slowest of 50
+health checks while a model of about half a second runs.
 Limits: no CPU; a ratio of 1; no growth; milliseconds.
 """
 
@@ -30,11 +31,15 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.environment import environment
+from benchmarks.serving.load import driven, write_bodies
+from benchmarks.serving.workloads import CREDIT, credit
+from benchmarks.soak.soak import slope
 
 RESULT = Path(__file__).parent / "results" / "steady.json"
 MODELS = 50
 ROUNDS = 5
 IDLE_S = 10
+WARM_UP, MILLION = 100_000, 1_000_000
 SLOW_LAYERS = 250
 """Half a second and more, on two cores."""
 JSON_HEADERS = {"Content-Type": "application/json"}
@@ -47,6 +52,7 @@ def main() -> None:
             **idle(root),
             **one_among_many(root),
             **images(root),
+            **a_million(root),
             **health_beside_a_slow_model(root),
             **environment(),
         }
@@ -93,6 +99,24 @@ def images(root: Path) -> dict[str, float]:
             growth_mb = report[f"{form}_growth_mb"] = round(resident_mb(process) - early, 1)
             print(f"{count} images in {form}: memory {growth_mb:+.1f} MB after the first {count // 10}")
     return report
+
+
+def a_million(root: Path) -> dict[str, float]:
+    workload, bodies = credit(), root / "bodies"
+    write_bodies(bodies, workload.requests(workload.wire))
+    count, asked, held_mb = 0, [], []
+    with serving(CREDIT) as (port, process):
+        while count < WARM_UP + MILLION:
+            load = driven(f"http://127.0.0.1:{port}/predict", bodies, connections=32, seconds=5)
+            if load.non_2xx or load.socket_errors:
+                raise SystemExit(f"{load.non_2xx} answers were not 2xx, {load.socket_errors} socket errors")
+            count += load.requests
+            if count >= WARM_UP:
+                asked.append(count / 100_000)
+                held_mb.append(resident_mb(process))
+    slope_mb, error_mb = slope(asked, held_mb)
+    print(f"{count:,} predictions: memory {slope_mb:+.3f} ± {error_mb:.3f} MB in 100,000 of them")
+    return {"mb_in_100000_predictions": round(slope_mb, 4), "its_standard_error_mb": round(error_mb, 4)}
 
 
 def health_beside_a_slow_model(root: Path) -> dict[str, float]:

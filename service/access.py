@@ -25,8 +25,8 @@ from typing import final
 from urllib.parse import urlsplit
 
 from service.errors import Forbidden, NotFound, Unauthorized, clipped
+from service.headers import Headers
 from service.keys import Key, KeysFile, Right
-from service.prediction import Headers
 from service.settings import Settings, is_loopback
 
 _OPEN = re.compile(r"/|/docs|/docs/(assets|page)/.*|/v2/health/(live|ready)", re.DOTALL)

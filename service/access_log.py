@@ -2,19 +2,18 @@
 
 Rule 1: sampled, it costs nothing that grows with the load: so many lines a second are written, the rest is told in one
         line at the end of that second. How many those were is known from what is counted anyhow.
-Rule 2: an error is not lost among answers, nor a failure of the service among what callers did wrong, such as wrong
-        keys that somebody tries: each has its own share of the lines.
-Rule 3: who only asks whether the service lives and what it counted is told of only if all is, or if the answer is no.
+Rule 2: who only asks whether the service lives and what it counted is told of only if all is, or if the answer is no.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 from typing import Literal, final
 
 from service.counts import Counts
+from service.headers import Headers
+from service.shares import Shares
 from service.watch import Ended
 
 AccessLogChoice = Literal["off", "errors", "sampled", "all"]
@@ -37,29 +36,31 @@ class AccessLog:
         self._told = counts.answered
         """Answered predictions that were written or told of."""
         self._wake: Callable[[], None] = lambda: None
-        self._lines_s = lines_s
-        self._left = _shares(lines_s)
+        self._lines = Shares(lines_s, self._end_second)
         self._unwritten: dict[int, int] = {}
         """By status, in this second, without answered predictions."""
-        self._second: asyncio.TimerHandle | None = None
 
     def wakes(self, wake: Callable[[], None]) -> None:
         self._wake = wake
 
-    def wants_answer(self) -> bool:
+    @property
+    def hears(self) -> bool:
+        return self._choice == "all" or (self._choice == "sampled" and self._lines.has(200))
+
+    def wants_answer(self, headers: Headers) -> bool:
         if self._choice == "all":
             return True
-        if self._choice != "sampled" or not self._takes_line(200):
+        if self._choice != "sampled" or not self._lines.take(200):
             return False
         self._told += 1
         return True
 
-    def wants(self, status: int, route: str) -> bool:
+    def wants(self, status: int, route: str, headers: Headers) -> bool:
         if self._choice == "all":
             return True
         if status < 400 and (self._choice != "sampled" or route.startswith(_ASKED_OFTEN)):
             return False
-        if self._takes_line(status):
+        if self._lines.take(status):
             return True
         self._unwritten[status] = self._unwritten.get(status, 0) + 1
         return False
@@ -99,23 +100,9 @@ class AccessLog:
         )
 
     def close(self) -> None:
-        if self._second is not None:
-            self._second.cancel()
-            self._end_second()
-
-    def _takes_line(self, status: int) -> bool:
-        """There is one left of this second's share."""
-        kind = _kind(status)
-        if not self._left[kind]:
-            return False
-        self._left[kind] -= 1
-        if self._second is None:
-            self._second = asyncio.get_running_loop().call_later(1.0, self._end_second)
-        return True
+        self._lines.close()
 
     def _end_second(self) -> None:
-        self._second = None
-        self._left = _shares(self._lines_s)
         unwritten, self._unwritten = self._unwritten, {}
         if self._choice == "sampled" and (answered := self._counts.answered - self._told):
             unwritten[200] = unwritten.get(200, 0) + answered
@@ -128,15 +115,6 @@ class AccessLog:
                 ", ".join(f"{status}: {count}" for status, count in sorted(unwritten.items())),
                 extra={"fields": {"unwritten": {str(status): count for status, count in sorted(unwritten.items())}}},
             )
-
-
-def _kind(status: int) -> int:
-    """2: an answer, 4: its caller's error, 5: the service's."""
-    return 2 if status < 400 else status // 100
-
-
-def _shares(lines_s: int) -> dict[int, int]:
-    return dict.fromkeys((2, 4, 5), lines_s)
 
 
 def _trace_id(traceparent: str) -> str:

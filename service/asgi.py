@@ -10,8 +10,7 @@ Rule 2: HEAD is GET without the body of its answer (RFC 9110, section 9.3.2), wh
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter_ns
 from typing import Any, final
 
@@ -19,20 +18,17 @@ from service.access import Access, is_open
 from service.bodies import Bodies, Held
 from service.busy_polling import BusyPolling
 from service.errors import BodyTooLarge, ClientLeft, MethodNotAllowed, RequestError, ServerFull
+from service.headers import REQUEST_ID, Headers, declared_bytes, headers_by_name, request_id, traced
 from service.page_headers import with_page_headers
 from service.prediction import (
-    REQUEST_ID,
     THREAD_BYTES,
-    Headers,
     Predictions,
     Route,
     Said,
     check_content_type,
     code_of,
     refusal,
-    request_id,
     route_of,
-    traced,
 )
 from service.protocol.compression import unpacked
 from service.readiness import Readiness
@@ -130,7 +126,7 @@ class Application:
     ) -> None:
         watch = self.predictions.watch
         watch.counts.ended(route, status, reason=code)
-        for watcher in watch.wanting(status, route):
+        for watcher in watch.wanting(status, route, headers):
             watcher.tell(
                 Ended(
                     request_id=given.decode(),
@@ -219,22 +215,6 @@ class Application:
             held.hold(size)
             content.append(piece)
         return b"".join(content)
-
-
-def declared_bytes(headers: Headers) -> int | None:
-    """What Content-Length says; None without it, or if it is no number."""
-    declared = headers.get(b"content-length", b"")
-    if not declared.isdigit():
-        return None
-    return int(declared) if len(declared) <= 18 else sys.maxsize
-
-
-def headers_by_name(pairs: Sequence[tuple[bytes, bytes]]) -> Headers:
-    """One that was sent twice is joined by commas (RFC 9110, section 5.2), and then means what that means."""
-    headers = dict(pairs)
-    if len(headers) < len(pairs):
-        headers = {name: b", ".join([value for other, value in pairs if other == name]) for name in headers}
-    return headers
 
 
 def _with_slashes_as_sent(path: str, raw_path: bytes) -> str:

@@ -41,12 +41,13 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from service.asgi import GONE, METHODS, Application, declared_bytes, headers_by_name
+from service.asgi import GONE, METHODS, Application
 from service.bodies import Held
 from service.errors import BadRequest, HeadersTooLarge, NotReady, RequestError, RequestTooSlow, ServerFull
 from service.exchange import Exchange
+from service.headers import declared_bytes, headers_by_name, request_id
 from service.large_body import LargeBody
-from service.prediction import Route, Said, code_of, refusal, request_id, route_of
+from service.prediction import Route, Said, code_of, refusal, route_of
 
 KEEP_ALIVE_S = 75.0
 """How long a connection may be idle: longer than the minute after which most proxies close it on their side, so that

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from typing import ClassVar, final
 
+from service.headers import Headers
 from service.large_body import LARGE_BODY_BYTES, place_for
-from service.prediction import Headers, Route, declared_json_bytes
+from service.prediction import Route, declared_json_bytes
 from service.protocol import Body
 
 

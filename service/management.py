@@ -18,7 +18,6 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service import openapi
-from service.asgi import headers_by_name
 from service.aside import aside
 from service.crew import Crew
 from service.errors import (
@@ -31,6 +30,7 @@ from service.errors import (
     clipped,
     describe,
 )
+from service.headers import headers_by_name
 from service.misfit import first_misfit
 from service.places import Misplaced, version_order
 from service.prediction import check_content_type

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 import logging
 import re
-import secrets
 import sys
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -36,6 +34,7 @@ from service.errors import (
     UnsupportedMediaType,
     clipped,
 )
+from service.headers import REQUEST_ID, Headers, request_id, traced
 from service.page_headers import NOSNIFF
 from service.protocol import JSON, OCTET_STREAM, Answer, Body, Parse, Request, predict, v2
 from service.protocol.compression import WORTH_BYTES, accepted, compressed
@@ -44,22 +43,16 @@ from service.repository import Live, Repository
 from service.threads import own_thread
 from service.watch import Client, Ended, Watch
 
-Headers = dict[bytes, bytes]
-"""Of a request, by name in lower case."""
-
 Said = list[tuple[bytes, bytes]]
 """The headers of an answer."""
 
 Reply = Callable[[int, Said, bytes], None]
 """Takes the status, the headers and the body of an answer."""
 
-REQUEST_ID = b"x-request-id"
 SERVER_TIMING = b"server-timing"
 JSON_LENGTH = b"inference-header-content-length"
 _JSON_TYPE = (b"content-type", JSON)
 _OCTET_STREAM_TYPE = (b"content-type", OCTET_STREAM)
-_TRACE = (("traceparent", b"traceparent"), ("tracestate", b"tracestate"))
-_REQUEST_ID_TAKEN = re.compile(rb"[\x21-\x7e]{1,128}")
 
 _PREDICT = re.compile(r"/predict|/models/(?P<model>[^/]+)/predict")
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
@@ -276,7 +269,7 @@ class _Prediction:
         self.reply(200, said, content)
         self.live.statistics.answered(took_ns, computed.queue_ns, self.route.pattern)
         if self.watch.hearing:
-            for watcher in self.watch.wanting_answer():
+            for watcher in self.watch.wanting_answer(self.headers):
                 watcher.tell(self._ended(200, "", given, computed))
 
     def refuse(self, error: BaseException) -> None:
@@ -303,7 +296,7 @@ class _Prediction:
         code = code_of(error)
         of = {} if self.live is None else {"model": self.live.name, "version": self.live.version}
         self.watch.counts.ended(self.route.pattern, status, reason=code, **of)
-        for watcher in self.watch.wanting(status, self.route.pattern):
+        for watcher in self.watch.wanting(status, self.route.pattern, self.headers):
             watcher.tell(self._ended(status, code, given, None))
 
     def _ended(self, status: int, code: str, given: bytes, computed: Computed | None) -> Ended:
@@ -329,11 +322,6 @@ class _Prediction:
 def code_of(error: BaseException) -> str:
     """What the caller reads of it."""
     return error.code if isinstance(error, RequestError) else Internal.code
-
-
-def traced(headers: Headers) -> dict[str, str]:
-    """What the caller says of its trace (W3C Trace Context)."""
-    return {name: headers[key].decode("latin-1") for name, key in _TRACE if key in headers}
 
 
 def refusal(error: BaseException, request_id: bytes) -> tuple[int, Said, bytes]:
@@ -408,16 +396,3 @@ def _undeclared(error: MalformedJson) -> MalformedJson:
         "follow in binary, say there how many bytes of JSON stand before them, or 0 if the body is nothing but the "
         "elements of the only input"
     )
-
-
-_ID_PREFIX = secrets.token_hex(6).encode()
-_id_numbers = itertools.count(1)
-
-
-def request_id(headers: Headers) -> bytes:
-    """The caller's if it gave one, else one that no other process makes; random bytes for each would cost a system
-    call."""
-    given = headers.get(REQUEST_ID)
-    if given and _REQUEST_ID_TAKEN.fullmatch(given):
-        return given
-    return b"%b-%x" % (_ID_PREFIX, next(_id_numbers))

@@ -3,8 +3,10 @@
 Asked for by OTEL_EXPORTER_OTLP_ENDPOINT; all else is said to the SDK by its own variables (OTEL_SERVICE_NAME,
 OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS, ...). The caller's `traceparent` is the parent of the span.
 
-Rule 1: not asked for, the SDK is not imported and nothing is done.
-Rule 2: spans are made when all is over, from the times that are measured anyhow, and sent by a thread of the SDK.
+Rule 1: a span costs more than a small prediction, so at most `TRACES_S` predictions a second have one, unless
+        OTEL_TRACES_SAMPLER says which: then it alone does. Who comes with a trace that is not sampled takes none.
+Rule 2: not asked for, the SDK is not imported and nothing is done.
+Rule 3: spans are made when all is over, from the times that are measured anyhow, and sent by a thread of the SDK.
 Source: OpenTelemetry semantic conventions 1.29 for HTTP server spans.
 """
 
@@ -19,12 +21,19 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, final
 
 from service.errors import WrongCall
+from service.headers import Headers, is_unsampled
+from service.shares import Shares
 from service.watch import Ended
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 ASKED_FOR = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+SAMPLER = "OTEL_TRACES_SAMPLER"
+
+TRACES_S = 20
+"""Predictions in a second that are traced, and as many again of each of the two kinds of error."""
 
 CLOSE_LIMIT_S = 2.0
 
@@ -55,32 +64,47 @@ def tracing(environment: Mapping[str, str] = os.environ, *, tls: bool = False) -
     resource = Resource.create({**named, "service.version": version("evalmode")})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return Tracing(provider, tls=tls)
+    return Tracing(provider, per_second=None if environment.get(SAMPLER) else TRACES_S, tls=tls)
 
 
 @final
 class Tracing:
     """Makes spans of requests."""
 
-    def __init__(self, provider: TracerProvider, *, tls: bool = False) -> None:
+    def __init__(self, provider: TracerProvider, *, per_second: int | None = TRACES_S, tls: bool = False) -> None:
+        """
+        Args:
+            per_second: at most; None: as many as the provider's sampler lets through.
+        """
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._trace = trace
         self._provider = provider
+        self._wake: Callable[[], None] = lambda: None
+        self._shares = None if per_second is None else Shares(per_second, lambda: self._wake())
         self._scheme = "https" if tls else "http"
         self._tracer = provider.get_tracer("evalmode", version("evalmode"))
         self._propagator = TraceContextTextMapPropagator()
 
-    def wants(self, status: int, route: str) -> bool:
-        """Predictions; the rest would be health checks, once a second."""
-        return route.endswith(("/predict", "/infer"))
+    @property
+    def hears(self) -> bool:
+        return self._shares is None or self._shares.has(200)
 
-    def wants_answer(self) -> bool:
-        return True
+    def wants(self, status: int, route: str, headers: Headers) -> bool:
+        """Predictions; the rest would be health checks, once a second."""
+        return route.endswith(("/predict", "/infer")) and self._takes(status, headers)
+
+    def wants_answer(self, headers: Headers) -> bool:
+        return self._takes(200, headers)
 
     def wakes(self, wake: Callable[[], None]) -> None:
-        pass
+        self._wake = wake
+
+    def _takes(self, status: int, headers: Headers) -> bool:
+        if self._shares is None:
+            return True
+        return not is_unsampled(headers) and self._shares.take(status)
 
     def tell(self, ended: Ended) -> None:
         since_1970_ns = time.time_ns() - perf_counter_ns()
@@ -118,6 +142,8 @@ class Tracing:
 
     def close(self) -> None:
         """Send what is left, if somebody takes it; the SDK alone would wait for half a minute."""
+        if self._shares is not None:
+            self._shares.close()
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(CLOSE_LIMIT_S)

@@ -1,7 +1,7 @@
 """Who watches requests: counts for all of them, and whoever wants to hear of one in words (a log, a trace).
 
-Rule 1: an answered prediction pays for one look at whether anybody wants to hear of it; what is said then is only put
-        together if somebody does. Whoever wants to hear no more is not asked again until it says so.
+Rule 1: an answered prediction pays for one look at whether anybody hears; what is said then is only put together if
+        somebody wants it. Whoever hears no more is not asked again until it says so.
 Rule 2: nothing of a request is told but what stands in `Ended`: no header, no body, no path that a caller made up.
 """
 
@@ -13,6 +13,7 @@ from time import perf_counter_ns
 from typing import Protocol, final
 
 from service.counts import Counts
+from service.headers import Headers
 
 ELSEWHERE = "other"
 """The route of what leads nowhere, or was not even HTTP."""
@@ -50,16 +51,21 @@ class Ended:
 class Watcher(Protocol):
     """Hears of requests in words."""
 
-    def wants(self, status: int, route: str) -> bool:
+    @property
+    def hears(self) -> bool:
+        """Whether it may want to hear of answered predictions. Once it does not, nobody asks before it wakes."""
+        ...
+
+    def wants(self, status: int, route: str, headers: Headers) -> bool:
         """Whether it wants to hear of a request that is no answered prediction; asked once for each."""
         ...
 
-    def wants_answer(self) -> bool:
-        """Whether it wants to hear of an answered prediction. Once it does not, it is asked no more before it wakes."""
+    def wants_answer(self, headers: Headers) -> bool:
+        """Whether it wants to hear of an answered prediction; asked once for each, while it hears."""
         ...
 
     def wakes(self, wake: Callable[[], None]) -> None:
-        """What it calls when it wants to be asked again."""
+        """What it calls when it hears again."""
         ...
 
     def tell(self, ended: Ended) -> None: ...
@@ -77,27 +83,28 @@ class Watch:
         self.counts = counts
         self._watchers = watchers
         self.hearing: Sequence[Watcher] = watchers
-        """Those who may want to hear of an answered prediction."""
+        """Those who hear of answered predictions."""
         for watcher in watchers:
             watcher.wakes(self._wake)
 
     def _wake(self) -> None:
         self.hearing = self._watchers
 
-    def wanting_answer(self) -> Sequence[Watcher]:
+    def wanting_answer(self, headers: Headers) -> Sequence[Watcher]:
         """Those who want to hear of an answered prediction."""
-        self.hearing = [watcher for watcher in self.hearing if watcher.wants_answer()]
-        return self.hearing
+        wanting = [watcher for watcher in self.hearing if watcher.wants_answer(headers)]
+        self.hearing = [watcher for watcher in self.hearing if watcher.hears]
+        return wanting
 
-    def wanting(self, status: int, route: str) -> Sequence[Watcher]:
+    def wanting(self, status: int, route: str, headers: Headers) -> Sequence[Watcher]:
         """Those who want to hear of a request that is no answered prediction."""
-        return [watcher for watcher in self._watchers if watcher.wants(status, route)]
+        return [watcher for watcher in self._watchers if watcher.wants(status, route, headers)]
 
     def refused_unread(self, status: int, code: str, given: bytes, client: Client) -> None:
         """What came was no request that could be read to its end, and got this status."""
         self.counts.ended(ELSEWHERE, status, reason=code)
         now_ns = perf_counter_ns()
-        for watcher in self.wanting(status, ELSEWHERE):
+        for watcher in self.wanting(status, ELSEWHERE, {}):
             watcher.tell(
                 Ended(
                     request_id=given.decode(),

@@ -17,6 +17,7 @@ import pytest
 
 from service.access_log import AccessLog, AccessLogChoice
 from service.counts import Counts
+from service.headers import Headers
 from service.logs import JsonLines, Writer
 from service.repository import Repository
 from service.settings import Settings
@@ -143,10 +144,10 @@ def test_so_many_lines_a_second(choice: AccessLogChoice, lines: int, caplog: pyt
 
         def wanted_of(status: int) -> bool:
             if status != 200:
-                return access.wants(status, "/predict")
+                return access.wants(status, "/predict", {})
             answered = counts.of("m", "1").answered
             answered["/predict"] = answered.get("/predict", 0) + 1
-            return access.wants_answer()
+            return access.wants_answer({})
 
         def second() -> int:
             wanted = [status for status in (200, 200, 200, 429, 401, 401, 500, 500) if wanted_of(status)]
@@ -177,10 +178,10 @@ def test_the_second_ends_by_itself(caplog: pytest.LogCaptureFixture) -> None:
         access = AccessLog("sampled", Counts(), lines_s=1)
         awake = asyncio.Event()
         access.wakes(awake.set)
-        assert access.wants(200, "/v2")
-        assert not access.wants(200, "/v2")
+        assert access.wants(200, "/v2", {})
+        assert not access.wants(200, "/v2", {})
         await asyncio.wait_for(awake.wait(), timeout=10)
-        assert access.wants(200, "/v2")
+        assert access.wants(200, "/v2", {})
         access.close()
 
     with caplog.at_level(logging.INFO, "service.access_log"):
@@ -192,8 +193,8 @@ def test_probes_are_not_told_of_unless_they_fail() -> None:
     async def scenario() -> None:
         access = AccessLog("sampled", Counts())
         for route in ("/v2/health/ready", "/v2/health/live", "/metrics"):
-            assert not access.wants(200, route)
-            assert access.wants(503, route)
+            assert not access.wants(200, route, {})
+            assert access.wants(503, route, {})
         access.close()
 
     asyncio.run(scenario())
@@ -206,13 +207,17 @@ class Sleepy:
         self.asked = 0
         self.left = 1
 
-    def wants(self, status: int, route: str) -> bool:
+    @property
+    def hears(self) -> bool:
+        return self.left > 0
+
+    def wants(self, status: int, route: str, headers: Headers) -> bool:
         return False
 
-    def wants_answer(self) -> bool:
+    def wants_answer(self, headers: Headers) -> bool:
         self.asked += 1
         self.left -= 1
-        return self.left >= 0
+        return True
 
     def wakes(self, wake: Callable[[], None]) -> None:
         self.wake = wake
@@ -228,14 +233,13 @@ def test_who_sleeps_is_not_asked() -> None:
     """So that an answered prediction costs one look while nobody wants to hear of it."""
     sleepy = Sleepy()
     watch = Watch(Counts(), sleepy)
-    assert watch.wanting_answer()
-    assert not watch.wanting_answer()
+    assert watch.wanting_answer({})
     assert not watch.hearing
     sleepy.left = 1
     sleepy.wake()
     assert watch.hearing
-    assert watch.wanting_answer()
-    assert sleepy.asked == 3
+    assert watch.wanting_answer({})
+    assert sleepy.asked == 2
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from service.app import create_app
 from service.errors import WrongCall
 from service.repository import Repository
 from service.settings import Settings
-from service.tracing import Tracing, tracing
+from service.tracing import TRACES_S, Tracing, tracing
 from service.watch import Watch
 from tests.asking import loaded, talk
 from tests.bundles import SAMPLE, write_table_bundle
@@ -98,6 +99,42 @@ def test_a_refusal_is_a_span_that_computed_nothing(repository: Repository) -> No
     assert spans["POST /predict"].status.is_unset  # the caller's fault is no error of a server's span
 
 
+UNSAMPLED = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-00"}
+
+
+async def ask_often(client: httpx.AsyncClient, times: int) -> None:
+    """Answers, refusals, and as many of either whose callers have a trace that nobody records."""
+    for headers in (UNSAMPLED, TRACEPARENT, {}):
+        for _ in range(times):
+            await client.post("/predict", json=SAMPLE, headers=headers)
+            await client.post("/predict", content=b"{", headers=headers)
+
+
+def test_so_many_predictions_a_second_are_spans(repository: Repository) -> None:
+    """Whatever comes: a span costs more than a small prediction. Who is recorded nowhere takes none of them."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    application = create_app(repository, Settings())
+    tracing = Tracing(provider, per_second=2)
+    application.predictions.watch = Watch(repository.counts, tracing)
+
+    async def scenario(_: httpx.AsyncClient) -> None:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=application), base_url="http://service"
+        ) as watched:
+            for _second in range(2):
+                await ask_often(watched, 4)
+                assert not application.predictions.watch.hearing
+                tracing._shares.close()  # type: ignore[union-attr]  # the second is over
+                assert application.predictions.watch.hearing
+
+    talk(repository, scenario)
+    spans = [span for span in exporter.get_finished_spans() if span.name == "POST /predict"]
+    statuses = [(span.attributes or {})["http.response.status_code"] for span in spans]
+    assert statuses == [200, 400, 200, 400] * 2
+
+
 def test_off_nothing_is_imported() -> None:
     program = "import service.app, service.server, sys; from service.tracing import tracing; assert tracing() is None; "
     program += "sys.exit(any(name in sys.modules for name in ('opentelemetry.sdk', 'opentelemetry.exporter')))"
@@ -142,6 +179,18 @@ def receiver() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
     server.shutdown()
     serving.join()
     server.server_close()
+
+
+@pytest.mark.parametrize(("sampler", "limited"), [("", True), ("parentbased_always_on", False)])
+def test_who_names_a_sampler_has_no_other_limit(sampler: str, limited: bool) -> None:
+    async def scenario() -> None:
+        traces = tracing({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_TRACES_SAMPLER": sampler})
+        assert traces is not None
+        assert all(traces.wants_answer({}) for _ in range(TRACES_S))
+        assert traces.hears is traces.wants_answer({}) is not limited
+        traces.close()
+
+    asyncio.run(scenario())
 
 
 def test_spans_arrive_at_a_collector(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
