@@ -25,7 +25,7 @@ from service.bundle import MODEL_FILE
 from service.crew import Crew
 from service.errors import NotReady
 from service.readings import FAMILIES, Family, Reading
-from service.repository import Entry, Live, Repository
+from service.repository import UNLOADED, Entry, Live, Repository
 
 STATES = ("ready", "stale", "refused", "unloaded")
 
@@ -113,7 +113,7 @@ def _states(entries: Iterable[Entry]) -> Metric:
 def _state(entry: Entry) -> str:
     if entry.ready:
         return "stale" if entry.reason else "ready"
-    return "unloaded" if entry.unloaded else "refused"
+    return "unloaded" if entry.reason == UNLOADED else "refused"
 
 
 def _models(models: Iterable[Live]) -> Metric:

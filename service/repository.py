@@ -53,8 +53,7 @@ from service.statistics import Statistics
 from service.trial import Trials, Tried
 
 UNLOADED = "unloaded by request"
-NOT_LOADED = "not loaded, as the model was unloaded by request; load it to serve it"
-"""The reasons why a version is not served that nobody refused; the second of one that came later."""
+"""The reason why a version is not served that nobody refused."""
 
 GONE = "its folder is gone; it is served from memory until it is replaced or unloaded"
 
@@ -89,11 +88,6 @@ class Entry:
     @property
     def ready(self) -> bool:
         return self.live is not None
-
-    @property
-    def unloaded(self) -> bool:
-        """Nobody refused it."""
-        return self.reason in (UNLOADED, NOT_LOADED)
 
 
 @final
@@ -179,9 +173,8 @@ class Repository:
         """
         asked = versions is None
         before = self._entries.get(name, ())
-        if versions is not None and before and all(entry.unloaded for entry in before):
-            came = sorted({*versions} - {entry.version for entry in before})
-            return *before, *(Entry(name=name, version=it, state="UNAVAILABLE", reason=NOT_LOADED) for it in came)
+        if not asked and before and all(entry.reason == UNLOADED for entry in before):
+            return before
         try:
             there = {found.version: found for found in self._find(name)}
         except WrongCall:  # nothing is left there

@@ -1398,9 +1398,7 @@ def test_bodies_that_wait_for_their_turn_are_counted(repository: Repository, loo
         served.until(lambda: served.app.bodies.held_bytes == 0)
 
 
-@pytest.mark.parametrize(
-    "one", [b"GET / HTTP/1.1\r\nhost:\r\n\r\n", ALIVE, numbered(1)], ids=["smallest", "small", "named"]
-)
+@pytest.mark.parametrize("one", [b"GET / HTTP/1.1\r\nhost:\r\n\r\n", ALIVE, numbered(1)], ids=["smallest", "small", "named"])
 def test_who_sends_many_requests_is_read_as_fast_as_it_is_answered(
     served: Served, monkeypatch: pytest.MonkeyPatch, one: bytes
 ) -> None:
