@@ -45,7 +45,7 @@ from service.asgi import GONE, METHODS, Application
 from service.bodies import Held
 from service.errors import BadRequest, HeadersTooLarge, NotReady, RequestError, RequestTooSlow, ServerFull
 from service.exchange import Exchange
-from service.headers import declared_bytes, headers_by_name, request_id
+from service.headers import Headers, declared_bytes, headers_by_name, names_one_host, request_id
 from service.large_body import LargeBody
 from service.prediction import Route, Said, code_of, refusal, route_of
 
@@ -303,13 +303,13 @@ class Connection(HttpToolsProtocol):
         self._wait()
 
     def on_headers_complete(self) -> None:
-        self._check_head()
+        by_name = self._checked_head()
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 raise BadRequest("CONNECT is for proxies, and this is none; send the request itself")
             return  # the parser stops here, and `_parse` goes on
         self._head_read = True
-        self._exchange = self._short_way()
+        self._exchange = self._short_way(by_name)
         if self._exchange is not None:
             self.cycle = cast(RequestResponseCycle, self._exchange)
         else:
@@ -320,7 +320,7 @@ class Connection(HttpToolsProtocol):
             self.scope["extensions"] = {GONE: {GONE: self.transport.is_closing}}
             super().on_headers_complete()
             self._closes = self._application.readiness.ending or not self.cycle.keep_alive
-            size = declared_bytes(headers_by_name(headers))
+            size = declared_bytes(by_name)
             if size is None or size > SKIPPED_BYTES or expects:
                 self.cycle.keep_alive = False  # until its body is here
                 self.cycle.transport = cast(asyncio.Transport, Early(self))
@@ -383,7 +383,7 @@ class Connection(HttpToolsProtocol):
         lines = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
         return b"\r\n".join([first, *lines, b"", b""])
 
-    def _check_head(self) -> None:
+    def _checked_head(self) -> Headers:
         """
         Raises:
             HeadersTooLarge, BadRequest: the parser goes no further, and asks for `_unreadable`.
@@ -394,11 +394,12 @@ class Connection(HttpToolsProtocol):
         self._unhanded_bytes = 0
         if len(self.url) > MOST_URL_BYTES or len(self.headers) > MOST_HEADERS or size > MOST_HEAD_BYTES:
             raise _too_large()
-        hosts = [name for name, _ in self.headers].count(b"host")
-        if hosts != 1 and self.parser.get_http_version() == "1.1":
-            raise BadRequest(f"the request has {hosts} 'host' headers; HTTP/1.1 wants one (RFC 9112, section 3.2)")
+        headers = headers_by_name(self.headers)
+        if not names_one_host(headers) and (b"host" in headers or self.parser.get_http_version() != "1.0"):
+            raise BadRequest("HTTP/1.1 wants one 'host' header, and this request has none or several")
+        return headers
 
-    def _short_way(self) -> Exchange | None:
+    def _short_way(self, headers: Headers) -> Exchange | None:
         """None if the request has to go the other way."""
         if (
             self.parser.get_method() != b"POST"
@@ -409,7 +410,6 @@ class Connection(HttpToolsProtocol):
             or self.parser.get_http_version() != "1.1"
         ):
             return None
-        headers = headers_by_name(self.headers)
         body_bytes = declared_bytes(headers)
         if (
             body_bytes is None

@@ -17,7 +17,7 @@ _REQUEST_ID_TAKEN = re.compile(rb"[\x21-\x7e]{1,128}")
 _ID_PREFIX = secrets.token_hex(6).encode()
 _id_numbers = itertools.count(1)
 _TRACE = (("traceparent", b"traceparent"), ("tracestate", b"tracestate"))
-_UNSAMPLED = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f][02468ace]")
+_UNSAMPLED = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f][02468ace]")
 
 
 def headers_by_name(pairs: Sequence[tuple[bytes, bytes]]) -> Headers:
@@ -34,6 +34,12 @@ def declared_bytes(headers: Headers) -> int | None:
     if not declared.isdigit():
         return None
     return int(declared) if len(declared) <= 18 else sys.maxsize
+
+
+def names_one_host(headers: Headers) -> bool:
+    """As HTTP/1.1 wants it (RFC 9112, section 3.2): no host has a comma in it, and two are joined by one."""
+    host = headers.get(b"host")
+    return host is not None and b"," not in host
 
 
 def request_id(headers: Headers) -> bytes:
@@ -53,4 +59,4 @@ def traced(headers: Headers) -> dict[str, str]:
 def is_unsampled(headers: Headers) -> bool:
     """The caller has a trace that is recorded nowhere: the last bit of its flags is 0 (W3C Trace Context, 3.2.2.5)."""
     traceparent = headers.get(b"traceparent")
-    return traceparent is not None and _UNSAMPLED.match(traceparent) is not None
+    return traceparent is not None and _UNSAMPLED.fullmatch(traceparent) is not None

@@ -64,17 +64,27 @@ def tracing(environment: Mapping[str, str] = os.environ, *, tls: bool = False) -
     resource = Resource.create({**named, "service.version": version("evalmode")})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return Tracing(provider, per_second=None if environment.get(SAMPLER) else TRACES_S, tls=tls)
+    sampler = environment.get(SAMPLER, "")
+    asks_parent = not sampler or sampler.startswith("parentbased_")
+    return Tracing(provider, per_second=None if sampler else TRACES_S, asks_parent=asks_parent, tls=tls)
 
 
 @final
 class Tracing:
     """Makes spans of requests."""
 
-    def __init__(self, provider: TracerProvider, *, per_second: int | None = TRACES_S, tls: bool = False) -> None:
+    def __init__(
+        self,
+        provider: TracerProvider,
+        *,
+        per_second: int | None = TRACES_S,
+        asks_parent: bool = True,
+        tls: bool = False,
+    ) -> None:
         """
         Args:
             per_second: at most; None: as many as the provider's sampler lets through.
+            asks_parent: whoever comes with a trace that is not sampled has no span. The SDK says the same, later.
         """
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -83,6 +93,7 @@ class Tracing:
         self._provider = provider
         self._wake: Callable[[], None] = lambda: None
         self._shares = None if per_second is None else Shares(per_second, lambda: self._wake())
+        self._asks_parent = asks_parent
         self._scheme = "https" if tls else "http"
         self._tracer = provider.get_tracer("evalmode", version("evalmode"))
         self._propagator = TraceContextTextMapPropagator()
@@ -102,9 +113,9 @@ class Tracing:
         self._wake = wake
 
     def _takes(self, status: int, headers: Headers) -> bool:
-        if self._shares is None:
-            return True
-        return not is_unsampled(headers) and self._shares.take(status)
+        if self._asks_parent and is_unsampled(headers):
+            return False
+        return self._shares is None or self._shares.take(status)
 
     def tell(self, ended: Ended) -> None:
         since_1970_ns = time.time_ns() - perf_counter_ns()

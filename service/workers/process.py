@@ -7,6 +7,7 @@ Rule 2: what it said last that it loads is kept: if it dies of that, nobody else
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -33,21 +34,28 @@ class Process:
         """
         Args:
             answer: to all that it asks on behalf of its clients.
+
+        Raises:
+            OSError: there is no memory for another process, or there are too many of them.
         """
         ours, its = socket.socketpair()
         with its:
             inherited = (its.fileno(), listening.fileno())
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # the user's folder is no place to import from: it may have a `service` of its own
-                "-m",
-                "service.workers.start_worker",
-                *map(str, inherited),
-                pass_fds=inherited,
-                stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                start_new_session=True,
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-P",  # the user's folder is no place to import from: it may have a `service` of its own
+                    "-m",
+                    "service.workers.start_worker",
+                    *map(str, inherited),
+                    pass_fds=inherited,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                    start_new_session=True,
+                )
+            except RuntimeError as error:  # no thread that waits for its end; it sees its channel end
+                ours.close()
+                raise OSError(errno.EAGAIN, str(error)) from error
         self = cls(process, answer)
         self.channel = await Channel.over(ours, self._answer)
         return self

@@ -10,11 +10,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import final
 
 from service.workers.pauses import STEADY_S, pause_s
 from service.workers.process import Process
+
+LEAST_PAUSE_S = 1.0
+"""Nobody waits for a spare; and where all processes are told to end at once, it may end before its supervisor knows."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class Spare:
 
     def want(self) -> None:
         """Have one from now on."""
-        if self._kept is None:
+        if self._kept is None or self._kept.done():
             self._kept = asyncio.create_task(self._keep())
 
     async def taken(self) -> Process | None:
@@ -46,28 +48,37 @@ class Spare:
             kept.cancel()
         if started is None:
             return None
-        with suppress(OSError):
-            spare = await started
-            if not spare.ended:
-                return spare
-            await self._dismiss(spare)
+        try:
+            spare = await asyncio.shield(started)
+        except asyncio.CancelledError:  # whoever takes it in place of this one has it
+            self._started = started
+            raise
+        except Exception:  # it was not started, and the log says why
+            return None
+        if not spare.ended:
+            return spare
+        await self._dismiss(spare)
         return None
 
     async def _keep(self) -> None:
         failures = 0
         while True:
             began_s = time.monotonic()
-            self._started = asyncio.ensure_future(self._start())
             try:
-                spare = await asyncio.shield(self._started)  # whoever takes it meanwhile has it
-                await spare.wait()
-                ended = await self._dismiss(spare)
+                ended = await self._one()
             except OSError as error:  # no memory for another process, or too many of them
                 ended = f"cannot be started: {error.strerror}"
+            except Exception:  # what nobody foresaw must not be the end of all spares
+                _log.exception("the spare could not be kept")
+                ended = "is not there"
             failures = 0 if time.monotonic() - began_s > STEADY_S else failures + 1
-            _log.warning(
-                "the spare, which would replace a worker that dies, %s; there is another in %.0f s",
-                ended,
-                pause_s(failures),
-            )
-            await asyncio.sleep(pause_s(failures))
+            rest_s = max(LEAST_PAUSE_S, pause_s(failures))
+            _log.warning("the spare, which replaces a worker that dies, %s; the next is begun in %.0f s", ended, rest_s)
+            await asyncio.sleep(rest_s)
+
+    async def _one(self) -> str:
+        """A spare, to its end, if nobody takes it; how it ended."""
+        self._started = asyncio.ensure_future(self._start())
+        spare = await asyncio.shield(self._started)  # whoever takes it meanwhile has it
+        await spare.wait()
+        return await self._dismiss(spare)

@@ -474,7 +474,8 @@ def test_no_key_reaches_a_log_or_an_answer(
             for head in heads:
                 answers += at.exchange(f"{head}\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
         monkeypatch.setattr(app.predictions, "_repository", None)  # a failure of ours, with its traceback
-        failing = f"POST /predict HTTP/1.0\r\nx-api-key: {secret}\r\ncontent-length: 0\r\n\r\n"
+        failing = f"POST /predict HTTP/1.1\r\nhost: x\r\nx-api-key: {secret}\r\nconnection: close\r\n"
+        failing += "content-length: 0\r\n\r\n"
         answers += at.exchange(failing.encode())
     said = caplog.text + "".join(capfd.readouterr())
     assert "this test sees it" in said

@@ -435,7 +435,9 @@ def test_an_offer_is_passed_over_behind_other_requests(served: Served) -> None:
 def test_nobody_is_connected_to_somewhere_else(served: Served) -> None:
     """This is no proxy; and what follows such a head is not read."""
     with served.connect() as client:
-        assert is_refused(client.ask(b"CONNECT other:1 HTTP/1.1\r\n\r\n" + ALIVE), 400, "bad_request")
+        refusal = client.ask(b"CONNECT other:1 HTTP/1.1\r\nhost: other\r\n\r\n" + ALIVE)
+        assert is_refused(refusal, 400, "bad_request")
+        assert refusal.said["error"] == "CONNECT is for proxies, and this is none; send the request itself"
         assert client.rest() == b""
 
 
@@ -1168,6 +1170,8 @@ NOT_HTTP = {
     "two hosts": with_lines("host: other", "content-length: 2"),
     "no host": SMALL.declared().replace(b"host:", b"hose:"),
     "no host, of a question": ALIVE.replace(b"host:", b"hose:"),
+    "no host, of HTTP/2": ALIVE.replace(b"host:", b"hose:").replace(b"/1.1", b"/2.0"),
+    "two hosts, of HTTP/1.0": ALIVE.replace(b"host:", b"host: other\r\nhost:").replace(b"/1.1", b"/1.0"),
 }
 
 
@@ -1398,7 +1402,9 @@ def test_bodies_that_wait_for_their_turn_are_counted(repository: Repository, loo
         served.until(lambda: served.app.bodies.held_bytes == 0)
 
 
-@pytest.mark.parametrize("one", [b"GET / HTTP/1.1\r\nhost:\r\n\r\n", ALIVE, numbered(1)], ids=["smallest", "small", "named"])
+@pytest.mark.parametrize(
+    "one", [b"GET / HTTP/1.1\r\nhost:\r\n\r\n", ALIVE, numbered(1)], ids=["smallest", "small", "named"]
+)
 def test_who_sends_many_requests_is_read_as_fast_as_it_is_answered(
     served: Served, monkeypatch: pytest.MonkeyPatch, one: bytes
 ) -> None:

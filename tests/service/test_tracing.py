@@ -16,6 +16,7 @@ import pytest
 
 from service.app import create_app
 from service.errors import WrongCall
+from service.headers import is_unsampled
 from service.repository import Repository
 from service.settings import Settings
 from service.tracing import TRACES_S, Tracing, tracing
@@ -97,6 +98,27 @@ def test_a_refusal_is_a_span_that_computed_nothing(repository: Repository) -> No
     assert spans.keys() == {"POST /predict"}
     assert (spans["POST /predict"].attributes or {})["http.response.status_code"] == 400
     assert spans["POST /predict"].status.is_unset  # the caller's fault is no error of a server's span
+
+
+@pytest.mark.parametrize(
+    ("traceparent", "unsampled"),
+    [
+        (f"00-{TRACE_ID}-{PARENT_ID}-00", True),
+        (f"00-{TRACE_ID}-{PARENT_ID}-02", True),
+        (f"00-{TRACE_ID}-{PARENT_ID}-fe", True),
+        (f"00-{TRACE_ID}-{PARENT_ID}-01", False),
+        (f"00-{TRACE_ID}-{PARENT_ID}-03", False),
+        (f"ff-{TRACE_ID}-{PARENT_ID}-00", False),
+        (f"00-{'0' * 32}-{PARENT_ID}-00", False),
+        (f"00-{TRACE_ID}-{'0' * 16}-00", False),
+        (f"00-{TRACE_ID}-{PARENT_ID}-00, 00-{TRACE_ID}-{PARENT_ID}-01", False),
+        ("nonsense", False),
+    ],
+)
+def test_whose_trace_is_recorded_nowhere_is_told_by_its_flags(traceparent: str, unsampled: bool) -> None:
+    """A header that is none (W3C Trace Context, section 3.2.2) says nothing; the service's span is a root then."""
+    assert is_unsampled({b"traceparent": traceparent.encode()}) is unsampled
+    assert not is_unsampled({})
 
 
 UNSAMPLED = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-00"}
@@ -181,13 +203,15 @@ def receiver() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
     server.server_close()
 
 
-@pytest.mark.parametrize(("sampler", "limited"), [("", True), ("parentbased_always_on", False)])
+@pytest.mark.parametrize(("sampler", "limited"), [("", True), ("parentbased_always_on", False), ("always_on", False)])
 def test_who_names_a_sampler_has_no_other_limit(sampler: str, limited: bool) -> None:
     async def scenario() -> None:
         traces = tracing({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_TRACES_SAMPLER": sampler})
         assert traces is not None
         assert all(traces.wants_answer({}) for _ in range(TRACES_S))
         assert traces.hears is traces.wants_answer({}) is not limited
+        unsampled = {name.encode(): value.encode() for name, value in UNSAMPLED.items()}
+        assert traces.wants_answer(unsampled) is (sampler == "always_on")
         traces.close()
 
     asyncio.run(scenario())
