@@ -226,8 +226,12 @@ def test_there_is_always_a_spare(serve: Serve, models: Path) -> None:
     os.kill(killed := min(before), signal.SIGKILL)
     new = max(children(serving.process.pid))
     until(lambda: killed not in children(serving.process.pid) and len(children(serving.process.pid)) == PROCESSES)
-    assert new in children(serving.process.pid)
     everywhere(serving, "POST", PREDICT, SAMPLE)
+    serving.process.terminate()
+    serving.process.wait(timeout=30)
+    assert serving.process.stdout is not None
+    said = [json.loads(line) for line in serving.process.stdout if line.startswith("{")]
+    assert new in {line["process"] for line in said if "is being loaded" in line["message"]}
 
 
 def test_a_spare_that_died_is_not_counted_on(serve: Serve, models: Path) -> None:
