@@ -2,7 +2,7 @@
 
 Question: what does the operator pay for seeing?
 Quantities: CPU seconds for a prediction of a small dense network, by three servers:
-    blind   counts nothing of predictions, and writes no log
+    blind   counts nothing of predictions but how many began, and writes no log
     usual   as it comes: counts all, and writes the sampled log
     seen    that as JSON, `GET /metrics` once a second, and spans to a collector
 Each of the others is driven at the same time as `blind`, with 32 connections each: a machine with neighbours changes
