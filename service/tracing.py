@@ -32,7 +32,7 @@ ASKED_FOR = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 SAMPLER = "OTEL_TRACES_SAMPLER"
 
-TRACES_S = 20
+TRACES_S = 10
 """Predictions in a second that are traced, and as many again of each of the two kinds of error."""
 
 CLOSE_LIMIT_S = 2.0
