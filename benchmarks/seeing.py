@@ -41,7 +41,7 @@ RESULT = Path(__file__).parent / "results" / "seeing.json"
 ROUNDS, SECONDS, CONNECTIONS = 40, 2, 32
 LIMIT = 1.05
 BLIND = "blind"
-CLI = "from service.cli import main; raise SystemExit(main())"
+CLI = "from service.cli import main; main()"
 COUNTS_NOTHING = (
     "from service.statistics import Statistics; "
     "Statistics.answered = Statistics.ran = Statistics.failed = lambda *_, **__: None; "

@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Callable
 from typing import final
 
+SECOND_S = 1.0
+
 
 @final
 class Shares:
@@ -37,7 +39,7 @@ class Shares:
             return False
         self._left[_kind(status)] -= 1
         if self._second is None:
-            self._second = asyncio.get_running_loop().call_later(1.0, self._end_second)
+            self._second = asyncio.get_running_loop().call_later(SECOND_S, self._end_second)
         return True
 
     def close(self) -> None:

@@ -102,9 +102,9 @@ class Supervisor:
         self._stopping = self._stop.is_set()
         for task in tasks:
             task.cancel()
-        if (spare := await self._spare.taken()) is not None:
-            await self._dismissed(spare)
+        await self._dismiss_spare()
         await asyncio.wait(tasks)
+        await self._dismiss_spare()  # one that a place was taking when it was cancelled
         self._listening.close()
         for ended in done - {stopped}:
             ended.result()
@@ -213,6 +213,10 @@ class Supervisor:
     async def _taken(self) -> Process:
         """The spare, or where there is none that lives, a new process."""
         return await self._spare.taken() or await self._started()
+
+    async def _dismiss_spare(self) -> None:
+        if (spare := await self._spare.taken()) is not None:
+            await self._dismissed(spare)
 
     async def _started(self) -> Process:
         worker = await Process.started(self._listening, self._answer)
