@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import pytest
 
@@ -31,6 +31,7 @@ from service.workers import supervisor
 from service.workers.channel import Channel, Facts, Gone, restored
 from service.workers.conductor import Conductor
 from service.workers.pauses import pause_s
+from service.workers.process import Process
 from service.workers.supervisor import Supervisor
 from service.workers.tally import Tally
 from service.workers.verdicts import Verdict, joint
@@ -832,3 +833,53 @@ def test_silence_keeps_nobody_out() -> None:
             await serving
 
     in_a_thread(scenario)
+
+
+class StuckWorker:
+    """Says that its engine does not come back, and ends when it is killed, or has said so three times."""
+
+    def __init__(self) -> None:
+        self.channel = self
+        self.sent: list[signal.Signals] = []
+        self._left = 3
+
+    @property
+    def ended(self) -> bool:
+        return not self._left or signal.SIGKILL in self.sent
+
+    async def ask(self, question: str) -> str:
+        assert question == "ping"
+        self._left -= 1
+        return "version 1 of model 'm'"
+
+    def send(self, signum: signal.Signals) -> None:
+        self.sent.append(signum)
+
+    async def wait(self) -> str:
+        await asyncio.sleep(0 if self.ended else 60)
+        return ""
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_stuck_worker_is_ended_only_while_another_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, others: bool
+) -> None:
+    """Alone it still answers for all other models."""
+    monkeypatch.setattr(supervisor, "PING_S", 0.01)
+    monkeypatch.setattr(supervisor, "STUCK_END_S", 0.01)
+
+    async def scenario() -> tuple[str, list[signal.Signals]]:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            one = Supervisor(tmp_path, Settings(workers=2), listening)
+            stuck = StuckWorker()
+            one._conductor.workers.add(cast("Channel", stuck))
+            if others:
+                one._conductor.workers.add(cast("Channel", StuckWorker()))
+            return await one._watched(cast("Process", stuck)), stuck.sent
+
+    why, sent = asyncio.run(scenario())
+    if others:
+        assert sent == [signal.SIGINT, signal.SIGKILL]
+        assert why == "did not come back from a run of version 1 of model 'm' that nobody waits for, and was ended"
+    else:
+        assert (why, sent) == ("", [])
