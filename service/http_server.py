@@ -157,6 +157,9 @@ class Server(uvicorn.Server):
     async def main_loop(self) -> None:
         while not self.should_exit:
             await self._signal_within(TICK_S)
+
+    async def _until_it_is_noticed(self) -> None:
+        """Not ready from now on, and after SIGTERM still answering for a while."""
         self._app.readiness.end()
         delay_s = self._shutdown_delay_s if self._terminated else 0.0
         _log.info("asked to end: not ready from now on, and nobody is let in any more in %g s", delay_s)
@@ -201,6 +204,8 @@ class Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._signalled.set)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # not in `main_loop`, which uvicorn leaves out if the signal comes as soon as somebody knows the address
+        await self._until_it_is_noticed()
         loop = asyncio.get_running_loop()
         if self._when_closing is None:
             let_nobody_in(self._listening)
