@@ -13,11 +13,13 @@ import sys
 from uvicorn.loops.auto import auto_loop_factory
 
 from service.errors import WrongCall
+from service.memory import share_arenas
 from service.workers.channel import Channel, Facts
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the end without a traceback, as SIGTERM is
+    share_arenas()
     channel, listening = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:])
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
         try:
