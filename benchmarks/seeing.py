@@ -38,7 +38,7 @@ from benchmarks.serving.load import Load, driven, write_bodies
 from benchmarks.serving.workloads import Workload, dense
 
 RESULT = Path(__file__).parent / "results" / "seeing.json"
-ROUNDS, SECONDS, CONNECTIONS = 40, 2, 32
+ROUNDS, SECONDS, CONNECTIONS = 80, 2, 32
 LIMIT = 1.05
 BLIND = "blind"
 CLI = "from service.cli import main; main()"
