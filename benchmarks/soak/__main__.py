@@ -1,4 +1,4 @@
-"""Soaks, prints the table, and ends with 1 if anything was not as it should be."""
+"""Soaks, prints the table, writes the figures, and ends with 1 if anything was not as it should be."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.console import Console
 from benchmarks.environment import environment
 from benchmarks.soak.soak import soak
 
+RESULT = Path(__file__).parent.parent / "results" / "soak.json"
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -26,7 +28,8 @@ def main() -> int:
     console.print(report.table())
     for fault in report.faults[:20]:
         console.print(fault, markup=False)
-    print(json.dumps({"soak": report.summary(), **environment()}))
+    RESULT.write_text(json.dumps({**report.summary(), **environment()}, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {RESULT}")
     return 1 if report.faults else 0
 
 

@@ -46,12 +46,12 @@ SLOPE_MB = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grown:
-    """A process that was there all the second half, in which none is killed."""
+    """A process that was there all the last third, before which each had a while without kills to settle."""
 
     role: str
     begun: Holding
     """Before the first request: it, or another in its role where it took the place of one that was killed."""
-    half: Holding
+    settled: Holding
     end: Holding
     """After the last answer, with no connection left."""
     requests: int
@@ -64,7 +64,7 @@ class Grown:
     @property
     def row(self) -> str:
         return (
-            f"{self.half.own_mb:.1f} -> {self.end.own_mb:.1f} MB of its own, "
+            f"{self.settled.own_mb:.1f} -> {self.end.own_mb:.1f} MB of its own, "
             f"{self.slope_mb:+.2f} ± {self.error_mb:.2f} in 100,000 requests; "
             f"descriptors {self.begun.descriptors} -> {self.end.descriptors}; "
             f"threads {self.begun.threads} -> {self.end.threads}"
@@ -75,7 +75,7 @@ class Grown:
         found = []
         growth_mb, allowed_mb = self.slope_mb - CERTAIN * self.error_mb, SLOPE_MB
         if self.requests < 100_000:
-            growth_mb, allowed_mb = self.end.own_mb - self.half.own_mb, GROWTH_MB
+            growth_mb, allowed_mb = self.end.own_mb - self.settled.own_mb, GROWTH_MB
         if growth_mb > allowed_mb:
             found.append(f"a {self.role} grew by {growth_mb:.2f} MB: {self.row}")
         if self.end.descriptors > self.begun.descriptors:
@@ -154,9 +154,11 @@ class Report:
             "wrong": len(self.wrong),
             "lost": len(self.lost),
             "unexpected": len(self.by_cause(Cause.STATUS)),
+            "kills": len(self.killed_s),
             "cut_by_kills": len(self.cut),
-            "faults": len(self.faults),
-            "slope_mb": {f"{one.role} {one.end.pid}": round(one.slope_mb, 3) for one in self.grown},
+            "faults": self.faults,
+            "by_status": dict(sorted(self.statuses.items())),
+            "processes": [f"{one.role}: {one.row}" for one in self.grown],
         }
 
 
@@ -191,7 +193,7 @@ def grown(samples: Sequence[Sample], *, since_s: float, workers: int) -> list[Gr
             Grown(
                 role=role,
                 begun=next((before for role_before, before in begun if role_before == role), one),
-                half=lives[0],
+                settled=lives[0],
                 end=one,
                 requests=late[-1].requests - late[0].requests,
                 slope_mb=slope_mb,
@@ -226,7 +228,7 @@ def soak(folder: Path, *, minutes: float, seed: int, workers: int = 2) -> Report
 
     with serving(root, workers=workers, log=folder / "log") as server:
         began_s = time.monotonic()
-        half_s, until_s = began_s + 30 * minutes, began_s + 60 * minutes
+        half_s, settled_s, until_s = (began_s + share * 60 * minutes for share in (1 / 2, 2 / 3, 1))
 
         def drawn() -> Iterator[Drawn]:
             for number in itertools.count():
@@ -254,5 +256,5 @@ def soak(folder: Path, *, minutes: float, seed: int, workers: int = 2) -> Report
         turned=turning.answers,
         failures=[*outcome.failures, *turning.failures, *bursts.failures],
         killed_s=killing.at_s,
-        grown=grown(sampling.samples, since_s=half_s + KILL_EVERY_S, workers=workers),
+        grown=grown(sampling.samples, since_s=settled_s, workers=workers),
     )
