@@ -14,16 +14,11 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
-import shutil
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +29,7 @@ from benchmarks.environment import environment
 from benchmarks.serving.load import driven, write_bodies
 from benchmarks.serving.workloads import CREDIT, credit
 from benchmarks.soak.soak import slope
+from benchmarks.started import started
 
 RESULT = Path(__file__).parent / "results" / "steady.json"
 MODELS = 50
@@ -61,11 +57,11 @@ def main() -> None:
 
 
 def idle(root: Path) -> dict[str, float]:
-    with serving(saved(root, "dense", dense([30, 200, 100, 2]))) as (port, process):
-        ask(port, "dense", np.zeros((1, 30), np.float32), 100)
-        before_s = cpu_s(process)
+    with started(saved(root, "dense", dense([30, 200, 100, 2]))) as server:
+        ask(server.port, "dense", np.zeros((1, 30), np.float32), 100)
+        before_s = server.cpu_s
         time.sleep(IDLE_S)
-        used_s = cpu_s(process) - before_s
+        used_s = server.cpu_s - before_s
     print(f"an idle server used {used_s:.2f} s of CPU in {IDLE_S} s")
     return {"idle_cpu_s": round(used_s, 2)}
 
@@ -78,11 +74,11 @@ def one_among_many(root: Path) -> dict[str, float]:
         (models / f"dense{number}" / "1").mkdir(parents=True)
         onnx.save(graph, models / f"dense{number}" / "1" / "model.onnx")
     row = np.ones((1, 30), np.float32)
-    with serving(models / "dense0") as (one, _), serving(models) as (many, _):
+    with started(models / "dense0") as one, started(models) as many:
         ratios = []
         for _ in range(ROUNDS):
-            alone_s = statistics.median(ask(one, "dense0", row, 2000))
-            ratios.append(statistics.median(ask(many, "dense0", row, 2000)) / alone_s)
+            alone_s = statistics.median(ask(one.port, "dense0", row, 2000))
+            ratios.append(statistics.median(ask(many.port, "dense0", row, 2000)) / alone_s)
     ratio = statistics.median(ratios)
     print(f"with {MODELS} models served, the latency of one is {ratio:.2f} times what it is alone")
     return {"latency_among_50_models": round(ratio, 3)}
@@ -91,12 +87,12 @@ def one_among_many(root: Path) -> dict[str, float]:
 def images(root: Path) -> dict[str, float]:
     report = {}
     image = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    with serving(saved(root, "pixels", pooled())) as (port, process):
+    with started(saved(root, "pixels", pooled())) as server:
         for form, count in (("binary", 10_000), ("json", 1000)):
-            ask(port, "pixels", image, count // 10, binary=form == "binary")
-            early = resident_mb(process)
-            ask(port, "pixels", image, count - count // 10, binary=form == "binary")
-            growth_mb = report[f"{form}_growth_mb"] = round(resident_mb(process) - early, 1)
+            ask(server.port, "pixels", image, count // 10, binary=form == "binary")
+            early = server.resident_mb
+            ask(server.port, "pixels", image, count - count // 10, binary=form == "binary")
+            growth_mb = report[f"{form}_growth_mb"] = round(server.resident_mb - early, 1)
             print(f"{count} images in {form}: memory {growth_mb:+.1f} MB after the first {count // 10}")
     return report
 
@@ -105,28 +101,30 @@ def a_million(root: Path) -> dict[str, float]:
     workload, bodies = credit(), root / "bodies"
     write_bodies(bodies, workload.requests(workload.wire))
     count, asked, held_mb = 0, [], []
-    with serving(CREDIT) as (port, process):
+    with started(CREDIT) as server:
         while count < WARM_UP + MILLION:
-            load = driven(f"http://127.0.0.1:{port}/predict", bodies, connections=32, seconds=5)
+            load = driven(f"{server.address}/predict", bodies, connections=32, seconds=5)
             if load.non_2xx or load.socket_errors:
                 raise SystemExit(f"{load.non_2xx} answers were not 2xx, {load.socket_errors} socket errors")
             count += load.requests
             if count >= WARM_UP:
                 asked.append(count / 100_000)
-                held_mb.append(resident_mb(process))
+                held_mb.append(server.resident_mb)
     slope_mb, error_mb = slope(asked, held_mb)
     print(f"{count:,} predictions: memory {slope_mb:+.3f} ± {error_mb:.3f} MB in 100,000 of them")
     return {"mb_in_100000_predictions": round(slope_mb, 4), "its_standard_error_mb": round(error_mb, 4)}
 
 
 def health_beside_a_slow_model(root: Path) -> dict[str, float]:
-    with serving(saved(root, "slow", dense([4000] * SLOW_LAYERS))) as (port, _):
+    with started(saved(root, "slow", dense([4000] * SLOW_LAYERS)), "--admission-limit-s", "600") as server:
         run_s: list[float] = []
-        slow = threading.Thread(target=lambda: run_s.extend(ask(port, "slow", np.ones((1, 4000), np.float32), 3)))
+        slow = threading.Thread(
+            target=lambda: run_s.extend(ask(server.port, "slow", np.ones((1, 4000), np.float32), 3))
+        )
         slow.start()
         checks_s: list[float] = []
         while slow.is_alive() and len(checks_s) < 50:
-            checks_s.append(get_s(port, "/v2/health/live"))
+            checks_s.append(get_s(server.port, "/v2/health/live"))
             time.sleep(0.02)
         slow.join()
     slowest_ms = max(checks_s) * 1e3
@@ -165,38 +163,6 @@ def get_s(port: int, path: str) -> float:
     connection.getresponse().read()
     connection.close()
     return time.perf_counter() - start
-
-
-@contextmanager
-def serving(path: Path) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    command = [shutil.which("evalmode", path=str(Path(sys.executable).parent)) or "evalmode", "serve", str(path)]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [*command, "--port", "0", "--admission-limit-s", "600"], stdout=subprocess.PIPE, stderr=log, text=True
-        )
-        try:
-            assert process.stdout is not None
-            said = []
-            for line in process.stdout:
-                said.append(line)
-                if line.startswith("serving at"):
-                    yield int(line.rsplit(":", 1)[1]), process
-                    return
-            log.seek(0)
-            raise SystemExit(f"{path} was not served:\n{''.join(said)}{log.read()}")
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=20)
-
-
-def cpu_s(process: subprocess.Popen[str]) -> float:
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / 100
-
-
-def resident_mb(process: subprocess.Popen[str]) -> float:
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
 
 
 def saved(root: Path, name: str, model: onnx.ModelProto) -> Path:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.chaos.requests import BODY_LIMIT_BYTES
+from benchmarks.started import started
 
 OPTIONS = ("--body-limit-bytes", str(BODY_LIMIT_BYTES), "--max-queue-rows", "100000", "--max-queue-s", "0")
 """Nobody is refused for what others send."""
@@ -130,20 +128,8 @@ def serving(models: Path, *, workers: int, log: Path, options: Sequence[str] = O
     Args:
         log: what the server prints.
     """
-    command = [sys.executable, "-m", "service.cli", "serve", str(models), "--port", "0", "--workers", str(workers)]
-    command += options
-    with log.open("wb") as printed:
-        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
-    try:
-        while "curl " not in (said := log.read_text(errors="replace")):
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended with {process.returncode}: {said[-1000:]}")
-            time.sleep(0.05)
-        address = next(line for line in said.splitlines() if line.startswith("serving at"))
-        server = Server(int(address.rsplit(":", 1)[1]), psutil.Process(process.pid))
+    with started(models, "--workers", str(workers), *options, log=log) as one:
+        server = Server(one.port, one.process)
         server.held_when(lambda _: server.has_started(workers))
         server.rest()
         yield server
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=20)

@@ -1,0 +1,38 @@
+"""Measures both ways to see, writes the figures, and ends with 1 if one of them costs too much."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.environment import environment
+from benchmarks.seeing.seeing import SIGHTS, seen
+from benchmarks.serving.load import write_bodies
+from benchmarks.serving.workloads import dense
+
+RESULT = Path(__file__).parent.parent / "results" / "seeing.json"
+LEAST = 0.95
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=120, help="in which it sees, of each of the two ways; 120")
+    asked = parser.parse_args()
+    workload, shares = dense(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_bodies(Path(folder) / "bodies", workload.requests(workload.wire))
+        for sight in SIGHTS:
+            shares[sight.name] = seen(sight, workload, Path(folder), turns=asked.turns)
+            print(f"{sight.name}: {shares[sight.name]}")
+    report = {name: asdict(found) for name, found in shares.items()}
+    RESULT.write_text(json.dumps({"turns": asked.turns, **report, **environment()}, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {RESULT}")
+    return 0 if all(found.median >= LEAST for found in shares.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
