@@ -598,6 +598,39 @@ class Stopped:
         self.signals.append(signum)
 
 
+@final
+class Late:
+    """A spare's process."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    async def end(self, signum: signal.Signals) -> str:
+        self.ended = True
+        return f"ended with {signum.name}"
+
+
+def test_a_spare_that_is_being_taken_at_the_end_is_dismissed(tmp_path: Path) -> None:
+    """Nobody has it then: a place was to have it, and is given up while it still starts."""
+
+    async def scenario() -> None:
+        with socket.socket() as listening:
+            supervisor = Supervisor(tmp_path, Settings(workers=1), listening)
+            starting: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            supervisor._spare._started = starting
+            running = asyncio.create_task(supervisor.run())
+            await asyncio.sleep(0.05)
+            assert supervisor._spare._started is None
+            supervisor._stop.set()
+            await asyncio.sleep(0.05)
+            spare = Late()
+            starting.set_result(spare)
+            await asyncio.wait_for(running, 5)
+            assert spare.ended
+
+    run(scenario)
+
+
 @pytest.mark.parametrize(("gone", "why"), [(False, "said nothing for"), (True, "could not be asked any more")])
 def test_a_worker_that_hangs_is_ended_also_while_it_starts(
     monkeypatch: pytest.MonkeyPatch, gone: bool, why: str
