@@ -14,7 +14,8 @@ import psutil
 from benchmarks.chaos.requests import BODY_LIMIT_BYTES
 from benchmarks.started import started
 
-OPTIONS = ("--body-limit-bytes", str(BODY_LIMIT_BYTES), "--max-queue-rows", "100000", "--max-queue-s", "0")
+LIMITS = ("--body-limit-bytes", str(BODY_LIMIT_BYTES), "--max-queue-rows", "100000")
+OPTIONS = (*LIMITS, "--max-queue-s", "0")
 """Nobody is refused for what others send."""
 
 SETTLED_S = 15.0

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from benchmarks.chaos.requests import DENSE, INFER_PATH, answer, http, infer
 from benchmarks.chaos.server import Server, serving
+from benchmarks.graphs import dense
 from benchmarks.overload.client import Answers, Question, ask_again, ask_when_it_is_time
 from benchmarks.soak.disturbances import During
-from benchmarks.steady import dense
 from service.coalescing import ALWAYS_WAIT
 from service.protocol import v2
 from service.repository import load

@@ -16,16 +16,19 @@ from typing import final
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import InferenceSession
 
 from benchmarks.chaos.client import CLOSED, Cause, Failure
-from benchmarks.chaos.requests import INFER_PATH, infer
+from benchmarks.chaos.requests import infer
 from benchmarks.chaos.server import Held, Server
+from benchmarks.graphs import dense
 
 TURNED = "turned"
 """A model `y = version * x`, so that an answer tells which version gave it."""
 
 RELOAD_S, KILL_EVERY_S, BURST_EVERY_S, BURST_S, SAMPLE_S = 5.0, 20.0, 20.0, 3.0, 2.0
-BURST_CONNECTIONS = 100
+BURST = "burst"
+BURST_CONNECTIONS, BURST_ROWS, BURST_WIDTHS = 100, 64, (30, 2000, 2000, 2)
 RIGHT = frozenset({200, 429})
 """What may be answered to a good request where there are bursts."""
 
@@ -123,37 +126,46 @@ class Killing:
 
 @final
 class Bursts:
-    """Far more at once than can be answered at once."""
+    """Far more at once than can be computed, for a model of their own: most is refused, and the others serve on."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, models: Path) -> None:
+        network = models / BURST / "1" / "model.onnx"
+        network.parent.mkdir(parents=True)
+        onnx.save(dense(BURST_WIDTHS), network)
+        rows = np.random.default_rng(1).standard_normal((BURST_ROWS, BURST_WIDTHS[0])).astype(np.float32)
+        self._body = json.dumps(infer(rows)).encode()
+        self._expected = InferenceSession(str(network)).run(None, {"x": rows})[0]
         self.failures: list[Failure] = []
-        self._body = json.dumps(infer(np.zeros((64, 30), np.float32))).encode()
         self.answers: Counter[str] = Counter()
 
-    def one(self) -> None:
+    def one(self, port: int) -> None:
         until_s = time.monotonic() + BURST_S
-        threads = [threading.Thread(target=self._ask, args=(until_s,)) for _ in range(BURST_CONNECTIONS)]
+        threads = [threading.Thread(target=self._ask, args=(port, until_s)) for _ in range(BURST_CONNECTIONS)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    def _ask(self, until_s: float) -> None:
+    def _ask(self, port: int, until_s: float) -> None:
         while time.monotonic() < until_s:
-            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
             try:
-                connection.request("POST", INFER_PATH, self._body)
+                connection.request("POST", f"/v2/models/{BURST}/infer", self._body)
                 response = connection.getresponse()
-                response.read()
-                self.answers[str(response.status)] += 1
-                if response.status not in RIGHT:
-                    self.failures.append(Failure(Cause.STATUS, f"one of a burst was answered {response.status}"))
+                said = response.read()
             except (OSError, http.client.HTTPException) as error:
                 self.answers[CLOSED] += 1
                 self.failures.append(Failure(Cause.SILENCE, f"one of a burst was not answered: {error!r}"))
+                continue
             finally:
                 connection.close()
+            self.answers[str(response.status)] += 1
+            if response.status == 200:
+                given = np.reshape(json.loads(said)["outputs"][0]["data"], self._expected.shape)
+                if not np.allclose(given, self._expected, rtol=1e-4, atol=1e-5):  # other sizes of batch, other rounding
+                    self.failures.append(Failure(Cause.WRONG, "one of a burst got another answer"))
+            elif response.status not in RIGHT:
+                self.failures.append(Failure(Cause.STATUS, f"one of a burst was answered {response.status}"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmarks.chaos.chaos import GROWTH_MB, POOL_THREADS, prepared
 from benchmarks.chaos.client import Cause, Drawn, Failure, Outcome, send_all
 from benchmarks.chaos.requests import attempt
-from benchmarks.chaos.server import Held, Holding, serving
+from benchmarks.chaos.server import LIMITS, Held, Holding, serving
 from benchmarks.soak.disturbances import (
     BURST_EVERY_S,
     KILL_EVERY_S,
@@ -95,6 +95,8 @@ class Report:
     """Of every request; `closed`, `silent` and `left` among them."""
     turned: Counter[str]
     """Of those that were sent while versions came."""
+    burst: Counter[str]
+    """Of those that came in bursts."""
     failures: Sequence[Failure]
     killed_s: Sequence[float]
     grown: Sequence[Grown]
@@ -138,6 +140,7 @@ class Report:
             ("requests", f"{self.requests:,}"),
             ("  by status", _counted(self.statuses)),
             ("  while versions came", _counted(self.turned)),
+            ("  in bursts", _counted(self.burst)),
             ("wrong answers", f"{len(self.wrong)}"),
             ("lost: no answer", f"{len(self.lost)}"),
             ("an unexpected status", f"{len(self.by_cause(Cause.STATUS))}"),
@@ -223,10 +226,10 @@ def soak(folder: Path, *, minutes: float, seed: int, workers: int = 2) -> Report
     """
     root = folder / "models"
     models = prepared(root)
-    turning = Turning(root)
+    turning, bursts = Turning(root), Bursts(root)
     outcome = Outcome()
 
-    with serving(root, workers=workers, log=folder / "log") as server:
+    with serving(root, workers=workers, log=folder / "log", options=LIMITS) as server:
         began_s = time.monotonic()
         half_s, settled_s, until_s = (began_s + share * 60 * minutes for share in (1 / 2, 2 / 3, 1))
 
@@ -236,14 +239,14 @@ def soak(folder: Path, *, minutes: float, seed: int, workers: int = 2) -> Report
                     return
                 yield number, *attempt(seed, number, models)
 
-        killing, bursts, mixed = Killing(server, until_s=half_s), Bursts(server.port), outcome.statuses
+        killing, mixed = Killing(server, until_s=half_s), outcome.statuses
         sampling = Sampling(server, lambda: sum(map(Counter.total, [*mixed.values(), turning.answers, bursts.answers])))
         sampling.one()
         during = During()
         during.always(lambda: turning.ask(server.port))
         during.every(RELOAD_S, turning.add)
         during.every(KILL_EVERY_S, killing.one)
-        during.every(BURST_EVERY_S, bursts.one)
+        during.every(BURST_EVERY_S, lambda: bursts.one(server.port))
         during.every(SAMPLE_S, sampling.one)
         send_all(server.port, drawn(), connections=CONNECTIONS, outcome=outcome)
         during.end()
@@ -254,6 +257,7 @@ def soak(folder: Path, *, minutes: float, seed: int, workers: int = 2) -> Report
         minutes=minutes,
         statuses=sum(mixed.values(), turning.answers + bursts.answers),
         turned=turning.answers,
+        burst=bursts.answers,
         failures=[*outcome.failures, *turning.failures, *bursts.failures],
         killed_s=killing.at_s,
         grown=grown(sampling.samples, since_s=settled_s, workers=workers),

@@ -20,5 +20,7 @@ def test_nothing_is_wrong_and_nothing_is_lost(tmp_path: Path) -> None:
     Console(width=160).print(report.table())
     assert len(report.killed_s) > 5
     assert report.turned["200"] > 100
+    assert report.burst["200"] > 100
+    assert report.burst["429"] > 100
     assert report.faults == []
     assert [one.role for one in report.grown] == ["supervisor", "worker", "worker", "spare"]
