@@ -71,4 +71,8 @@ def started(
             yield Started(line.split()[-1], psutil.Process(process.pid))
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(timeout=20)
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise

@@ -11,7 +11,6 @@ from service.app import create_app
 from service.crew import Alone
 from service.http_server import Server
 from service.loading import loaded
-from service.memory import share_arenas
 from service.printed import announcement
 from service.settings import Settings
 from service.stdout import say
@@ -26,7 +25,6 @@ def serve_alone(path: Path, settings: Settings, listening: socket.socket) -> Non
         WrongCall: there is nothing to serve at `path`.
         Refused: the device cannot be had, or no model was admitted.
     """
-    share_arenas()
     watcher = Watcher(path, every_s=settings.reload_s, called=settings.name)
     repository = loaded(path, settings)
     host, port = listening.getsockname()[:2]

@@ -24,6 +24,7 @@ from service.errors import (
     BadRequest,
     BodyTooLarge,
     Forbidden,
+    LoadRefused,
     NotFound,
     NotReady,
     UnsupportedMediaType,
@@ -187,7 +188,11 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
     )
     async def load(model: str, request: Request) -> Response:
         await _asked(request, LoadRequest, limit_bytes)
-        await crew.load(model)
+        try:
+            await crew.load(model)
+        except LoadRefused as refused:
+            _log.warning("%s; what was served goes on", refused)
+            raise
         return Response()
 
     @app.post(

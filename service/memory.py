@@ -22,14 +22,14 @@ SOON_S = 1.0
 """Long enough for what is being released now."""
 
 ARENAS = 2
-"""One for the event loop, and one for all threads beside it."""
+"""All threads share them in turn, the event loop among them."""
 
 _M_ARENA_MAX = -8
 """Of mallopt(3)."""
 
 
 def share_arenas() -> None:
-    """All threads that are still to come share these; to be called before there are any.
+    """To be called before there are threads that allocate: what is there already stays.
 
     Does nothing where the allocator has no such call, or where the operator has said how many there are to be.
     """

@@ -45,7 +45,7 @@ def add(app: FastAPI, repository: Repository, crew: Crew) -> None:
     )
     async def metrics(request: Request) -> Response:
         encode, content_type = _encoder(request.headers.get("accept", ""))
-        page = encode(_Page(repository, await crew.reading()))
+        page = encode(Page(repository, await crew.reading()))
         return Response(page, headers={"content-type": content_type})
 
 
@@ -58,7 +58,7 @@ def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
 
 
 @final
-class _Page(Collector):
+class Page(Collector):
     """One answer."""
 
     def __init__(self, repository: Repository, reading: Reading) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from service import logs
 from service.access import Access
 from service.errors import Refused
+from service.memory import share_arenas
 from service.settings import Settings
 from service.tls import tls_of
 
@@ -31,6 +32,7 @@ def serve(path: Path, settings: Settings) -> None:
         Refused: the port is taken, the device cannot be had, no model was admitted, or no worker can be started.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to drain
+    share_arenas()
     _allow_descriptors()
     logs.begin(settings.log_level, settings.log_format)
     Access(settings), tls_of(settings)  # what is wrong with their files is said before anything is begun

@@ -8,11 +8,13 @@ request of a batch counts the whole batch's computing as its own.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
 from service.counts import ModelCounts
+from service.readings import DURATION_BOUNDS_NS, ROW_BOUNDS
 
 Document = dict[str, Any]
 
@@ -50,7 +52,13 @@ class Statistics:
         self._answered += 1
         self._answered_ns += whole_ns
         self._queue_ns += queue_ns
-        self.counts.answered(whole_ns, queue_ns, route)
+        counts = self.counts
+        counts.answered[route] = counts.answered.get(route, 0) + 1
+        duration, queue = counts.duration_ns, counts.queue_ns
+        duration.counts[bisect_left(DURATION_BOUNDS_NS, whole_ns)] += 1
+        duration.sum += whole_ns
+        queue.counts[bisect_left(DURATION_BOUNDS_NS, queue_ns)] += 1
+        queue.sum += queue_ns
 
     def failed(self, whole_ns: int) -> None:
         """A request reached the model and got another status than 200."""
@@ -78,8 +86,15 @@ class Statistics:
         each.input_ns += input_ns * times
         each.infer_ns += infer_ns * times
         each.output_ns += output_ns * times
-        self.counts.batch_rows.add(rows)
-        self.counts.compute_ns.add(input_ns + infer_ns + output_ns)
+        batch_rows, compute, compute_ns = (
+            self.counts.batch_rows,
+            self.counts.compute_ns,
+            input_ns + infer_ns + output_ns,
+        )
+        batch_rows.counts[bisect_left(ROW_BOUNDS, rows)] += 1
+        batch_rows.sum += rows
+        compute.counts[bisect_left(DURATION_BOUNDS_NS, compute_ns)] += 1
+        compute.sum += compute_ns
 
     def document(self, *, name: str, version: str) -> Document:
         """One entry of `model_stats`."""

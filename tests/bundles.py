@@ -128,6 +128,30 @@ def table_contents(*, regression: bool = False) -> dict[str, bytes]:
     return {MODEL_FILE: model_bytes, **bundle.golden_files(rows, [outputs.astype(np.float32)])}
 
 
+def mixing_table_model() -> onnx.ModelProto:
+    """The table model, its logits shifted by how far their mean over the batch is from the first row's."""
+    model = table_model()
+    softmax = model.graph.node.pop()
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "zeroth"))
+    model.graph.node.extend(
+        [
+            helper.make_node("ReduceMean", ["logits"], ["batch_mean"], axes=[0], keepdims=1),
+            helper.make_node("Gather", ["logits", "zeroth"], ["row"], axis=0),
+            helper.make_node("Sub", ["batch_mean", "row"], ["leak"]),
+            helper.make_node("Add", ["logits", "leak"], ["mixed"]),
+            helper.make_node("Softmax", ["mixed"], list(softmax.output)),
+        ]
+    )
+    return model
+
+
+def mixing_contents() -> dict[str, bytes]:
+    """The same as `table_contents`, but rows change each other's answers, which the only golden sample cannot show."""
+    row = [tensor[:1] for tensor in golden_rows()]
+    golden = bundle.golden_files(row, [probabilities(*row).astype(np.float32)])
+    return {MODEL_FILE: mixing_table_model().SerializeToString(), **golden}
+
+
 def table_passport(contents: dict[str, bytes], *, name: str, version: str, regression: bool = False) -> Passport:
     # five-term dot products of numbers below 8 in float32: 8 roundings of 2^-24 of a sum of magnitude below 40
     tolerance = Tolerance(absolute=8 * 2.0**-24 * 40)

@@ -23,6 +23,8 @@ from benchmarks.serving.workloads import Workload
 from benchmarks.started import Started, started
 
 CONNECTIONS, WARM_UP_S, TURN_S = 32, 2, 1.0
+EXPORT_EVERY_MS = "250"
+"""Spans leave several times in a turn; usually it is every five seconds, which most turns would not see."""
 RESAMPLES = 2000
 
 
@@ -80,9 +82,9 @@ def seen(sight: Sight, workload: Workload, folder: Path, *, turns: int) -> Share
     """
     written = folder / f"{sight.name}.turns"
     with collecting() as collector:
-        traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address} if sight.traced else {}
+        traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address, "OTEL_BSP_SCHEDULE_DELAY": EXPORT_EVERY_MS}
         program = ("-m", "benchmarks.seeing.switched", str(written))
-        serving = started(workload.network, *sight.options, program=program, environment=traced)
+        serving = started(workload.network, *sight.options, program=program, environment=traced if sight.traced else {})
         with serving as server, ThreadPoolExecutor() as threads:
             url = f"{server.address}/v2/models/{workload.network.stem}/infer"
             lasts_s = WARM_UP_S + int((2 * turns + 2) * TURN_S) + 1
@@ -96,7 +98,10 @@ def seen(sight: Sight, workload: Workload, folder: Path, *, turns: int) -> Share
         raise SystemExit(f"{sight.name}: {ended.non_2xx} answers were not 2xx, {ended.socket_errors} socket errors")
     if sight.traced and not collector.taken_bytes:
         raise SystemExit(f"{sight.name}: the collector got no spans")
-    return share([json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()])
+    instants = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
+    if [sees for sees, *_ in instants] != [turn % 2 == 1 for turn in range(2 * turns + 2)]:
+        raise SystemExit(f"{sight.name}: the turns that were taken are not those that were asked for")
+    return share([at for _, *at in instants])
 
 
 def take_turn(server: Started, *, scraped: bool) -> None:

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
 
@@ -65,8 +65,8 @@ class Grown:
     def row(self) -> str:
         return (
             f"{self.settled.own_mb:.1f} -> {self.end.own_mb:.1f} MB of its own, "
-            f"{self.slope_mb:+.2f} ± {self.error_mb:.2f} in 100,000 requests; "
-            f"descriptors {self.begun.descriptors} -> {self.end.descriptors}; "
+            f"{self.slope_mb:+.2f} ± {self.error_mb:.2f} in 100,000 of "
+            f"{self.requests:,} requests; descriptors {self.begun.descriptors} -> {self.end.descriptors}; "
             f"threads {self.begun.threads} -> {self.end.threads}"
         )
 
@@ -161,7 +161,7 @@ class Report:
             "cut_by_kills": len(self.cut),
             "faults": self.faults,
             "by_status": dict(sorted(self.statuses.items())),
-            "processes": [f"{one.role}: {one.row}" for one in self.grown],
+            "processes": [asdict(one) for one in self.grown],
         }
 
 

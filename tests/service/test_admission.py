@@ -19,7 +19,7 @@ from service.errors import AdmissionRefused
 from service.numerics import largest_difference
 from service.runtime import place
 from tests import graphs
-from tests.bundles import probabilities, table_contents, table_model, table_passport, write_table_bundle
+from tests.bundles import mixing_contents, probabilities, table_contents, table_passport, write_table_bundle
 from tests.fakes import FakeRuntime
 
 
@@ -226,29 +226,10 @@ def test_one_golden_sample_gets_made_up_neighbours() -> None:
     """With nothing but copies of one row beside it, a mixing network would pass."""
 
     def with_one_sample(contents: dict[str, bytes], _: Passport) -> Passport:
-        golden = Bundle(name="", version="", folder=Path(), contents=contents, passport=None)
-        one = bundles.golden_files([a[:1] for a in golden.golden("input")], [a[:1] for a in golden.golden("output")])
-        contents |= {**one, MODEL_FILE: mixing_table_model().SerializeToString()}
+        contents |= mixing_contents()
         return table_passport(contents, name="table", version="1")
 
     assert "mixes the rows" in str(refusal(with_passport(with_one_sample)))
-
-
-def mixing_table_model() -> onnx.ModelProto:
-    """The table model, its logits shifted by how far their mean over the batch is from the first row's."""
-    model = table_model()
-    softmax = model.graph.node.pop()
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "zeroth"))
-    model.graph.node.extend(
-        [
-            onnx.helper.make_node("ReduceMean", ["logits"], ["batch_mean"], axes=[0], keepdims=1),
-            onnx.helper.make_node("Gather", ["logits", "zeroth"], ["row"], axis=0),
-            onnx.helper.make_node("Sub", ["batch_mean", "row"], ["leak"]),
-            onnx.helper.make_node("Add", ["logits", "leak"], ["mixed"]),
-            onnx.helper.make_node("Softmax", ["mixed"], list(softmax.output)),
-        ]
-    )
-    return model
 
 
 def test_an_index_outside_the_table_does_not_stop_admission() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -243,6 +244,8 @@ def test_a_signal_that_comes_as_soon_as_the_address_is_known_waits_all_the_same(
                 server.handle_exit(signal.SIGTERM, None)
 
             app = empty()
+            began_s = time.monotonic()
+            began_s = time.monotonic()
             server = Server(app, ended_at_once, shutdown_delay_s=1)
             serving = asyncio.create_task(server.serve(sockets=[listening.dup()]))
             while not (app.readiness.ending or serving.done()):
@@ -252,5 +255,6 @@ def test_a_signal_that_comes_as_soon_as_the_address_is_known_waits_all_the_same(
                 client.sendall(ALIVE)
                 assert (await asyncio.to_thread(client.recv, 1000)).startswith(b"HTTP/1.1 200")
             await serving
+            assert time.monotonic() - began_s >= 1
 
     in_a_thread(scenario)

@@ -1062,12 +1062,16 @@ def test_what_is_loaded_is_the_newest_version(fresh: Repository, tmp_path: Path)
     assert "version '2' is served" in replaced.json()["error"]
 
 
-def test_a_bad_new_version_is_refused_and_the_old_one_goes_on(fresh: Repository, tmp_path: Path) -> None:
+def test_a_bad_new_version_is_refused_and_the_old_one_goes_on(
+    fresh: Repository, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever asked is told why, and so is whoever reads the log."""
     before = infer(fresh, "norm", request()).content
     save(tmp_path, "norm", graphs.batchnorm_model(training=True), version="2")
     response = ask(fresh, "POST", "/v2/repository/models/norm/load")
     assert (response.status_code, response.json()["code"]) == (400, "load_refused")
     assert "version 2 of model 'norm' was refused at the structure door" in response.json()["error"]
+    assert f"{response.json()['error']}; what was served goes on" in caplog.text
     assert infer(fresh, "norm", request()).content == before
     entries = [entry for entry in ask(fresh, "POST", "/v2/repository/index").json() if entry["name"] == "norm"]
     assert [(entry["version"], entry["state"]) for entry in entries] == [("2", "UNAVAILABLE"), ("1", "READY")]

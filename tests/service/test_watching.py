@@ -21,13 +21,14 @@ from service import watching
 from service.bundle import MODEL_FILE, PASSPORT_FILE, Passport, digest
 from service.crew import Alone
 from service.errors import LoadRefused, NotReady
+from service.metrics import Page
 from service.places import Layout, find
 from service.repository import Repository, load
 from service.runtime import place
 from service.settings import Settings
 from service.watching import Seen, Watch, Watcher, look
 from tests import graphs
-from tests.bundles import WEIGHT, golden_rows, table_model, write_table_bundle
+from tests.bundles import WEIGHT, golden_rows, mixing_contents, table_model, write_table_bundle
 
 EVERY_S = 0.02
 
@@ -238,6 +239,12 @@ class House:
 
     async def several_looks(self) -> None:
         await asyncio.sleep(8 * EVERY_S)
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """What `/metrics` has of it."""
+        page = Page(self.repository, await self.crew.reading())
+        samples = [sample for family in page.collect() for sample in family.samples]
+        return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
 
     def index(self) -> dict[str, tuple[str, str]]:
         return {entry.version: (entry.state, entry.reason) for entry in self.repository.entries}
@@ -509,18 +516,10 @@ def training_mode(folder: Path) -> None:
 
 
 def batch_dependent(folder: Path) -> None:
-    """The mean of the batch comes back in: no BatchNorm is to blame."""
-    model = table_model()
-    nodes = [
-        helper.make_node("ReduceMean", ["logits"], ["company"], axes=[0], keepdims=1),
-        helper.make_node("Sub", ["logits", "company"], ["alone"]),
-        helper.make_node("Add", ["alone", "company"], ["mixed"]),
-        helper.make_node("Mul", ["mixed", "company"], ["worse"]),
-        helper.make_node("Softmax", ["worse"], ["probabilities"]),
-    ]
-    del model.graph.node[-1]
-    model.graph.node.extend(nodes)
-    _replace(folder, model)
+    """Alone each row has its own answer, which is all that the only golden sample shows."""
+    for path, content in mixing_contents().items():
+        (folder / path).write_bytes(content)
+    _sign(folder)
 
 
 def nan_statistics(folder: Path) -> None:
@@ -571,7 +570,7 @@ def _sign(folder: Path, change: Callable[[Passport], Passport] = lambda passport
         (nothing_but_the_model, "it has no passport (model.json) and version 1 of the model has one; copy all of the"),
         (wrong_digest, "refused at the digest door"),
         (training_mode, "is in training mode"),
-        (batch_dependent, "refused at the"),
+        (batch_dependent, "refused at the independence door"),
         (nan_statistics, "refused at the structure door"),
         (other_outputs, "refused at the golden door"),
         (weights_elsewhere, "lies outside the bundle's folder"),
@@ -580,7 +579,7 @@ def _sign(folder: Path, change: Callable[[Passport], Passport] = lambda passport
 def test_what_is_refused_leaves_what_is_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, by: str, spoil: Callable[[Path], None], reason: str
 ) -> None:
-    """The old version answers on, the index has the reason, the log has it once; when it is mended it is served."""
+    """The old version answers on, the index has the reason, the log has it once, and metrics count it; then it is mended."""
     models = tmp_path / "models"
     write_table_bundle(models, name="table")
 
@@ -604,12 +603,17 @@ def test_what_is_refused_leaves_what_is_served(
         state, said = house.index()["2"]
         assert (state, house.index()["1"]) == ("UNAVAILABLE", ("READY", ""))
         assert reason in said
+        refusals = await house.metric("evalmode_loads_total", model="table", result="refused")
+        assert refusals == 1 or (by == "request" and refusals == 2)  # it is noticed besides
+        assert await house.metric("evalmode_model_state", version="2", state="refused") == 1
         assert house.repository.only() is serving
         assert np.array_equal(serving.admitted.runtime.run(golden_rows())[0], before[0])
         shutil.rmtree(models / "table" / "2")
         write_table_bundle(models, name="table", version="2")
         await (house.crew.load("table") if by == "request" else house.until(lambda: house.index()["2"][0] == "READY"))
         assert house.repository.only().version == "2"
+        assert await house.metric("evalmode_loads_total", model="table", result="admitted") >= 2
+        assert await house.metric("evalmode_model_state", version="2", state="ready") == 1
 
     with caplog.at_level(logging.WARNING):
         watched(models, scenario, Settings(threads=1, max_batch_rows=8))
@@ -628,6 +632,8 @@ def test_what_is_spoiled_where_it_is_served_is_served_as_it_was(tmp_path: Path) 
         (folder / MODEL_FILE).write_bytes(graphs.batchnorm_model(training=True).SerializeToString())
         await house.until(lambda: "served as it was before its files changed" in house.index()["1"][1])
         assert house.index()["1"][0] == "READY"
+        assert await house.metric("evalmode_model_state", version="1", state="stale") == 1
+        assert await house.metric("evalmode_model_state", version="1", state="ready") == 0
         assert house.repository.only() is serving
 
     watched(tmp_path, scenario)
