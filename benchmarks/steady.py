@@ -6,7 +6,7 @@ when 49 others are served beside it, in alternating rounds; resident memory afte
 an image of 3x224x224 in binary, and after 100 and 1,000 in JSON; how resident memory grows over 1,000,000 predictions
 of the shipped model, by name, after 100,000 to warm up, by least squares, with its standard error; the slowest of 50
 health checks while a model of about half a second runs.
-Limits: no CPU; a ratio of 1; no growth; milliseconds.
+Limits: no CPU; a ratio of 1; no growth, and of the last at most 1 MB in 100,000; milliseconds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import http.client
 import json
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -33,13 +34,13 @@ RESULT = Path(__file__).parent / "results" / "steady.json"
 MODELS = 50
 ROUNDS = 5
 IDLE_S = 10
-WARM_UP, MILLION = 100_000, 1_000_000
+WARM_UP, MILLION, MOST_MB = 100_000, 1_000_000, 1.0
 SLOW_LAYERS = 250
 """Half a second and more, on two cores."""
 JSON_HEADERS = {"Content-Type": "application/json"}
 
 
-def main() -> None:
+def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         report = {
@@ -52,6 +53,7 @@ def main() -> None:
         }
     RESULT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"written: {RESULT}")
+    return 0 if report["mb_in_100000_predictions"] < MOST_MB else 1
 
 
 def idle(root: Path) -> dict[str, float]:
@@ -170,4 +172,4 @@ def saved(root: Path, name: str, model: onnx.ModelProto) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

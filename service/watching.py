@@ -235,16 +235,19 @@ class Watcher:
         while self._every_s:
             await asyncio.sleep(self._every_s)
             try:
-                seen = await aside(lambda: look(self._path, called=self._called, kind=self._kind))
+                await self._look(load)
             except Exception as error:  # what nobody foresaw must not end the looking
                 if "" not in self._unreadable:
                     _log.exception("looking at '%s' broke", self._path)
-                seen = Seen(unreadable={"": first_line(error)})
-            self._tell(seen.unreadable)
-            if not seen.unreadable:
-                self._tell_misplaced(seen.misplaced)
-            for model, versions in self._watch.plan(seen).items():
-                await self._have_loaded(load, model, versions)
+                self._tell({"": first_line(error)})
+
+    async def _look(self, load: Load) -> None:
+        seen = await aside(lambda: look(self._path, called=self._called, kind=self._kind))
+        self._tell(seen.unreadable)
+        if not seen.unreadable:
+            self._tell_misplaced(seen.misplaced)
+        for model, versions in self._watch.plan(seen).items():
+            await self._have_loaded(load, model, versions)
 
     async def _have_loaded(self, load: Load, model: str, versions: set[str]) -> None:
         said = ", ".join(sorted(versions)) or "none"

@@ -17,6 +17,9 @@ from service.errors import EvalmodeError, RequestError
 
 ROOT = Path(__file__).parent.parent
 
+SAY_WHEN = {"service/logs.py": 2, "service/statistics.py": 1, "service/tracing.py": 1}
+"""Where the clock of the wall is read, and how often: lines of the log, the last inference, spans."""
+
 
 def imports(file: Path) -> Iterator[str]:
     """Every module that a file imports, at its top or inside a function."""
@@ -44,6 +47,18 @@ def test_the_service_never_imports_torch_or_export() -> None:
 
 def test_only_the_runtime_imports_the_engine() -> None:
     assert importers("service", "onnxruntime") == ["service/runtime.py"]
+
+
+def test_a_clock_that_jumps_changes_nothing() -> None:
+    """What is waited for or measured goes by a clock that nobody sets; that of the wall only says when something was."""
+    by_the_wall = re.compile(
+        r"\btime\.(time|time_ns|localtime|gmtime)\b|\bdatetime\b|\bfrom time import .*\btime(_ns)?\b"
+    )
+    found = {
+        str(file.relative_to(ROOT)): len(by_the_wall.findall(file.read_text(encoding="utf-8")))
+        for file in sorted((ROOT / "service").rglob("*.py"))
+    }
+    assert {file: count for file, count in found.items() if count} == SAY_WHEN
 
 
 def test_the_graph_is_pure() -> None:

@@ -1,4 +1,4 @@
-"""Runs the chaos, prints its table, and ends with 1 if anything was not as it should be."""
+"""Runs the chaos, prints its table, writes its figures, and ends with 1 if anything was not as it should be."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from rich.console import Console
 from benchmarks.chaos.chaos import chaos
 from benchmarks.environment import environment
 
+RESULT = Path(__file__).parent.parent / "results" / "chaos.json"
+REQUESTS = 10_000
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--connections", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
@@ -36,7 +39,11 @@ def main() -> int:
         for fault in report.faults[:20]:
             console.print(fault, markup=False)
         reports.append(report)
-    print(json.dumps({"chaos": [report.summary() for report in reports], **environment()}))
+    said = json.dumps({"chaos": [report.summary() for report in reports], **environment()}, indent=1)
+    print(said)
+    if asked.requests >= REQUESTS:
+        RESULT.write_text(said + "\n", encoding="utf-8")
+        print(f"written: {RESULT}")
     return 1 if any(report.faults for report in reports) else 0
 
 

@@ -106,8 +106,11 @@ def killed(server: Server, clients: Sequence[Client]) -> Kill:
     worker = min(_asked(server), key=psutil.Process.create_time)
     before = _restarts_and_workers(server.port)
     answered, seen = _answered(clients), [len(client.lost) for client in clients]
-    held = _ports(worker)
     began_s = time.monotonic()
+    worker.suspend()  # it takes no more connections, so that what it has is what it loses
+    while worker.status() != psutil.STATUS_STOPPED:
+        time.sleep(0)
+    held = _ports(worker)
     worker.kill()
     while not _recovered(server.port, before):
         if time.monotonic() - began_s > RECOVERY_LIMIT_S:
@@ -119,16 +122,14 @@ def killed(server: Server, clients: Sequence[Client]) -> Kill:
         held=len(held),
         failed=sum(map(len, failed)),
         refused=sum(client.refused for client in clients),
-        elsewhere=[why for client, lost in zip(clients, failed, strict=True) for why in _elsewhere(client, lost, held)],
+        elsewhere=[why for lost in failed for why in _elsewhere(lost, held)],
         seconds=seconds,
         answered=_answered(clients) - answered,
     )
 
 
-def _elsewhere(client: Client, lost: Sequence[Lost], held: set[int]) -> list[str]:
-    """What a kill does not explain. Who comes anew each time may have come after `held` was read: it may lose one."""
-    if not client.stays:
-        return [it.why for it in lost[1:]]
+def _elsewhere(lost: Sequence[Lost], held: set[int]) -> list[str]:
+    """What a kill does not explain: a caller has one request in flight."""
     return [it.why for i, it in enumerate(lost) if i or it.port not in held]
 
 

@@ -123,9 +123,13 @@ def test_no_request_notices_a_reload(serve: Serve, tmp_path: Path, workers: int,
 
     under_load(2, 2)
     warm_mb = rest_mb()
+    began_s = time.monotonic()
     under_load(4, reloads)
+    every_s = (time.monotonic() - began_s) / reloads
     after_mb = rest_mb()
-    print(f"{clients.answered} answers, {warm_mb:.1f} MB after warm-up, {after_mb:.1f} MB after {reloads} reloads")
+    print(
+        f"{clients.answered} answers, a new version every {every_s:.1f} s, {warm_mb:.1f} MB and then {after_mb:.1f} MB"
+    )
     assert clients.wrong == []
     assert set(clients.versions) == set(range(1, 4 + reloads))
     assert after_mb < warm_mb * 1.05

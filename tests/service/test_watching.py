@@ -579,7 +579,7 @@ def _sign(folder: Path, change: Callable[[Passport], Passport] = lambda passport
 def test_what_is_refused_leaves_what_is_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, by: str, spoil: Callable[[Path], None], reason: str
 ) -> None:
-    """The old version answers on, the index has the reason, the log has it once, and metrics count it; then it is mended."""
+    """The old version answers on; index, log and metrics say so, the log once. Then it is mended, and served."""
     models = tmp_path / "models"
     write_table_bundle(models, name="table")
 
