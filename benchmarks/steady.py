@@ -43,17 +43,18 @@ JSON_HEADERS = {"Content-Type": "application/json"}
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
+        grown = a_million(root)
         report = {
             **idle(root),
             **one_among_many(root),
             **images(root),
-            **a_million(root),
+            **grown,
             **health_beside_a_slow_model(root),
             **environment(),
         }
     RESULT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"written: {RESULT}")
-    return 0 if report["mb_in_100000_predictions"] < MOST_MB else 1
+    return 0 if grown["mb_in_100000_predictions"] < MOST_MB else 1
 
 
 def idle(root: Path) -> dict[str, float]:
