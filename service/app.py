@@ -31,6 +31,7 @@ from service.errors import (
     NotReady,
     RequestError,
 )
+from service.limits import held_at_most
 from service.prediction import Predictions
 from service.protocol import documents
 from service.protocol.json import error_body
@@ -57,7 +58,8 @@ def create_app(repository: Repository, settings: Settings, crew: Crew | None = N
     watch = Watch(repository.counts, *_watchers(settings, repository.counts))
     rest = _fastapi(repository, crew or Alone(repository), settings, readiness, watch, needs_keys=access.needs_keys)
     limit_bytes = settings.body_limit_bytes
-    bodies = Bodies(max_bytes=settings.max_reading_bytes, body_limit_bytes=limit_bytes)
+    most_bytes = held_at_most(settings.max_reading_bytes, processes=settings.workers)
+    bodies = Bodies(max_bytes=most_bytes, body_limit_bytes=limit_bytes)
     predictions = Predictions(repository, timeout_s=settings.timeout_s or None, watch=watch, bodies=bodies)
     return Application(predictions, readiness, access, bodies, body_limit_bytes=limit_bytes, rest=rest)
 

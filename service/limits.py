@@ -1,4 +1,4 @@
-"""How much of the machine the admission of one model may take.
+"""How much of the machine the admission of one model may take, and how much of its memory what clients sent.
 
 A file of a few bytes can ask for any amount of memory and for a run that never ends. What is asked for beyond these
 bounds fails inside the engine, and becomes a refusal.
@@ -23,6 +23,9 @@ if sys.platform != "win32":
 SHARE = 0.75
 """Of the memory that is free, for one admission."""
 
+HELD_SHARE = 1 / 8
+"""Of the memory: for requests that wait for a model, in all processes, and as much again for bodies that are read."""
+
 GRACE_S = 15.0
 """For what the engine does not interrupt, such as computing with constants while it loads a graph."""
 
@@ -41,6 +44,11 @@ def free_memory_bytes() -> int:
     """What can be taken without anybody being ended for it, of the machine or of the container."""
     on_machine = _value(MEMINFO, "MemAvailable:", _NO_LIMIT // 1024) * 1024
     return min([on_machine, *(bound.free_bytes for bound in _bounds())])
+
+
+def held_at_most(count_bytes: int, *, processes: int) -> int:
+    """So many bytes of requests for each process; less where the memory of the machine or the container is small."""
+    return min(count_bytes, int(machine_memory_bytes() * HELD_SHARE / processes))
 
 
 @final

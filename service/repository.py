@@ -41,7 +41,7 @@ from service.errors import (
     listing,
     printable,
 )
-from service.limits import GRACE_S, SHARE, bounded_memory, bounded_time, free_memory_bytes
+from service.limits import GRACE_S, SHARE, bounded_memory, bounded_time, free_memory_bytes, held_at_most
 from service.memory import give_back_soon
 from service.places import Found, Layout, Misplaced, find, layout_at, misplaced, version_order
 from service.policy import TORN, Rule, parse, settled
@@ -609,7 +609,7 @@ def _load(
         slice_rows=batching.slice_rows,
         inline_rows=batching.inline_rows,
         max_waiting_rows=settings.max_queue_rows,
-        max_waiting_bytes=settings.max_queue_bytes,
+        max_waiting_bytes=held_at_most(settings.max_queue_bytes, processes=settings.workers),
         max_wait_s=settings.max_queue_s or math.inf,
         row_s=batching.row_s,
         sample=sample,

@@ -52,7 +52,9 @@ class Settings(BaseSettings):
         description="'exact': rows share a batch where that changes no bit; 'bounded': or only rounds.",
     )
     max_queue_rows: int = Field(default=4096, ge=1, description="The most rows of a model that wait; more get 429.")
-    max_queue_bytes: int = Field(default=256 * 2**20, ge=1, description="The most bytes of them; more get 429.")
+    max_queue_bytes: int = Field(
+        default=256 * 2**20, ge=1, description="The most bytes of them, or an eighth of the memory; more get 429."
+    )
     max_queue_s: float = Field(
         default=0.25,
         ge=0,
@@ -61,7 +63,9 @@ class Settings(BaseSettings):
         "0 is no limit.",
     )
     max_reading_bytes: int = Field(
-        default=256 * 2**20, ge=1, description="The most bytes of bodies being read, two at least; more get 429."
+        default=256 * 2**20,
+        ge=1,
+        description="The most bytes of bodies being read, or an eighth of the memory, two at least; more get 429.",
     )
     timeout_s: float = Field(
         default=30.0, ge=0, allow_inf_nan=False, description="How long a caller waits who does not say; 0 is no limit."

@@ -8,7 +8,12 @@ import pytest
 
 from service import groups as control_groups
 from service import limits
-from service.limits import free_memory_bytes, machine_memory_bytes
+from service.app import create_app
+from service.limits import free_memory_bytes, held_at_most, machine_memory_bytes
+from service.repository import load
+from service.runtime import place
+from service.settings import Settings
+from tests.bundles import write_table_bundle
 
 MIB = 2**20
 
@@ -53,6 +58,20 @@ def test_files_that_were_read_take_nothing_from_a_container(groups: Path) -> Non
     put(groups, most=str(1024 * MIB), used_mib=1000, inactive_file_mib=600, slab_mib=20)
     assert free_memory_bytes() == (1024 - 1000 + 600 + 20) * MIB
     assert machine_memory_bytes() == 1024 * MIB
+
+
+@pytest.mark.parametrize(("workers", "mib"), [(1, 64), (2, 32)])
+def test_what_clients_sent_takes_an_eighth_of_a_small_container(
+    groups: Path, tmp_path: Path, workers: int, mib: int
+) -> None:
+    """Of the default of 256 MiB, in all processes together, for what waits; and as much for what is read."""
+    put(groups, most=str(512 * MIB), used_mib=100)
+    write_table_bundle(tmp_path / "models")
+    settings = Settings(workers=workers, body_limit_bytes=MIB)
+    repository = load(tmp_path / "models", place("cpu"), settings)
+    assert repository.only().coalescer._max_waiting_bytes == mib * MIB
+    assert create_app(repository, settings).bodies.max_bytes == mib * MIB
+    assert held_at_most(10 * MIB, processes=workers) == 10 * MIB
 
 
 def test_it_is_never_less_than_nothing_nor_more_than_the_limit(groups: Path) -> None:
