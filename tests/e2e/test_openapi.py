@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from service.keys import made_key
 from tests.conftest import Serve
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
@@ -22,10 +23,17 @@ ASKED = ["--checks", "all", "--exclude-path-regex", "/unload$", "--exclude-check
 REPEATABLE = ["--max-examples", "25", "--generation-deterministic", "--suppress-health-check", "all", "--no-color"]
 
 
-def test_the_document_is_true(serve: Serve, tmp_path: Path) -> None:
-    """Statuses, content types, bodies, methods that are not there, data that must be refused."""
+@pytest.mark.parametrize("keys", [False, True], ids=["open", "with keys"])
+def test_the_document_is_true(serve: Serve, tmp_path: Path, keys: bool) -> None:
+    """Statuses, content types, bodies, methods that are not there, data that must be refused; and, where keys are asked
+    for, that nothing that asks for one is given without it or with a wrong one."""
     shutil.copytree(MODELS, tmp_path / "models")  # aliases are moved, and kept in it
-    document = f"{serve(tmp_path / 'models').address}/openapi.json"
-    command = [sys.executable, "-m", "schemathesis.cli", "run", document, *ASKED, *REPEATABLE]
+    flags, header = [], []
+    if keys:
+        secret, key = made_key("all", ["predict", "manage", "metrics"])
+        (tmp_path / "keys.txt").write_text(key.line + "\n", encoding="utf-8")
+        flags, header = ["--keys-file", str(tmp_path / "keys.txt")], ["--header", f"Authorization: Bearer {secret}"]
+    document = f"{serve(tmp_path / 'models', *flags).address}/openapi.json"
+    command = [sys.executable, "-m", "schemathesis.cli", "run", document, *header, *ASKED, *REPEATABLE]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=150)
     assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-2000:]
