@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import signal
 import socket
@@ -263,6 +264,8 @@ class FakeWorker:
                 return self.served
             case "statistics":
                 return [counted("credit", self.requests)]
+            case "reading":
+                return []
         return None
 
     async def nothing(self) -> None:
@@ -366,6 +369,9 @@ def test_if_one_refuses_none_loads(asked: int) -> None:
         with pytest.raises(LoadRefused, match="version 2 of model 'credit' was refused at the golden door"):
             await (one, other)[asked].crew.load("credit")
         assert one.served == other.served == [refused("2"), ready("1")]
+        counted = await one.crew.reading()
+        for result in ("admitted", "refused"):  # the first at the start
+            assert ["evalmode_loads", ["credit", result], 1] in json.loads(json.dumps(counted))
         await part(one, other)
 
     run(scenario)
