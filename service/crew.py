@@ -75,7 +75,8 @@ class Alone:
             entries = await asyncio.to_thread(self._repository.admit, model, versions)
             self._repository.swap(model, entries)
         refused = refusal(entries, versions)
-        self._loads.add(model, ready=refused is None)
+        if versions is None or versions:  # else one went, and nothing was looked at
+            self._loads.add(model, ready=refused is None)
         if refused:
             raise refused
 

@@ -230,8 +230,9 @@ class Server(uvicorn.Server):
         await asyncio.sleep(DRAIN_TICK_S)
         for connection in self._connections:
             connection.transport.abort()
+        hurries, self.force_exit = self.force_exit, False  # uvicorn would cancel what the application does at its end
         await super().shutdown()
-        if not await self._threads_end(end_s):
+        if not await self._threads_end(0.0 if hurries else end_s):
             _log.error("a model is still being computed or admitted; the process ends without waiting for it")
             logs.flush()
             os._exit(LEFT_BEHIND)  # Python would wait for its threads
@@ -242,7 +243,7 @@ class Server(uvicorn.Server):
         least_s = loop.time() + THREADS_LIMIT_S
         waiting = threading.Thread(target=self._end_threads, daemon=True)
         waiting.start()
-        while waiting.is_alive() and loop.time() < (least_s if self.force_exit else max(least_s, end_s)):  # noqa: ASYNC110
+        while waiting.is_alive() and loop.time() < max(least_s, end_s):  # noqa: ASYNC110
             await asyncio.sleep(DRAIN_TICK_S)
         return not waiting.is_alive()
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import resource
 import signal
 import socket
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,7 +31,8 @@ def serve(path: Path, settings: Settings) -> None:
         WrongCall: there is nothing to serve at `path`, or the files of keys or certificates cannot be used.
         Refused: the port is taken, the device cannot be had, no model was admitted, or no worker can be started.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to drain
+    signal.signal(signal.SIGTERM, lambda *_: _end(0))  # until there is something to drain
+    signal.signal(signal.SIGINT, lambda *_: _end(130))
     share_arenas()
     _allow_descriptors()
     logs.begin(settings.log_level, settings.log_format)
@@ -45,6 +46,12 @@ def serve(path: Path, settings: Settings) -> None:
             from service.workers.supervisor import Supervisor
 
             asyncio.run(Supervisor(path, settings, listening).run())
+
+
+def _end(code: int) -> None:
+    """At once, whatever is being imported or loaded: an exception that came out of the engine would be another one."""
+    logs.flush()
+    os._exit(code)
 
 
 def _allow_descriptors() -> None:

@@ -4,7 +4,9 @@
 
 Question: what does the operator pay for seeing?
 Quantity: the throughput of a small dense network, with 32 connections, as a share of what it is when the same process
-is blind: it counts nothing of predictions but how many began, and tells nobody. Two ways to see:
+is blind: it counts nothing of predictions but how many began, and tells nobody. One loop is at work all the time, so
+its throughput is what a second of its CPU time gives; the clock would count what clients and collector take from it.
+Two ways to see:
     usual   as it comes: counts all, and writes the sampled log
     all     that as JSON, `GET /metrics` once a second, and spans to a collector
 The process is blind and sees by turns of a second under one load (switched.py), and each turn is compared with the

@@ -1,4 +1,4 @@
-"""Throughput by turns, and what is made of it."""
+"""What a second of CPU gives by turns, and what is made of it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from benchmarks.serving.workloads import Workload
 from benchmarks.started import Started, started
 
 CONNECTIONS, WARM_UP_S, TURN_S = 32, 2, 1.0
-EXPORT_EVERY_MS = "250"
-"""Spans leave several times in a turn; usually it is every five seconds, which most turns would not see."""
+EXPORT_EVERY_MS = "1000"
+"""Spans leave in each turn; usually it is every five seconds, which most turns would not see."""
 RESAMPLES = 2000
 
 
@@ -60,18 +60,15 @@ class Share:
 def share(instants: Sequence[Sequence[int]]) -> Share:
     """
     Args:
-        instants: of a monotonic clock and of CPU time, in ns, and predictions until then; between two of them is a
-            turn, blind the first and the last.
+        instants: CPU time in ns, and predictions until then; between two of them is a turn, blind the first and the
+            last.
     """
-    clock_ns, cpu_ns, predictions = np.diff(np.asarray(instants, np.float64), axis=0).T
-    rates = predictions / clock_ns
+    cpu_ns, predictions = np.diff(np.asarray(instants, np.float64), axis=0).T
+    rates = predictions / cpu_ns
     shares = rates[1:-1:2] / np.sqrt(rates[:-2:2] * rates[2::2])
     resampled = np.random.default_rng(1).choice(shares, (RESAMPLES, len(shares)))
-    return Share(
-        float(np.median(shares)),
-        float(np.median(resampled, axis=1).std()),
-        float(np.median(cpu_ns / predictions) / 1e3),
-    )
+    error, cpu_us = np.median(resampled, axis=1).std(), np.median(1 / rates) / 1e3
+    return Share(round(float(np.median(shares)), 4), round(float(error), 4), round(float(cpu_us), 1))
 
 
 def seen(sight: Sight, workload: Workload, folder: Path, *, turns: int) -> Share:

@@ -1,7 +1,7 @@
 """The service with a switch: `python -m benchmarks.seeing.switched FILE serve ...`.
 
 SIGUSR1 makes it blind, and the next one lets it see again. At each a line is written to FILE: whether it sees from now
-on, the nanoseconds on a monotonic clock, those of CPU time, and the predictions that have begun until then.
+on, and the nanoseconds of CPU time and the predictions that there were until then.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Switch:
         for name, counting in COUNTING.items():
             setattr(Statistics, name, counting if sees else nothing)
         self._watch._watchers = self._watch.hearing = self._watchers if sees else ()
-        now = (sees, time.monotonic_ns(), time.process_time_ns(), self._watch.counts.begun)
+        now = (sees, time.process_time_ns(), self._watch.counts.begun)
         with self._file.open("a", encoding="utf-8") as lines:
             print(json.dumps(now), file=lines)
 

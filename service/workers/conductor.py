@@ -147,7 +147,8 @@ class Conductor:
                 self._verdicts[model] = settled(self._verdicts.get(model, ()), new, held)
                 self._forget_counts(model, set(kept[0]).intersection(*kept))
         refused = refusal(new, versions)
-        self._loads.add(model, ready=refused is None)
+        if versions is None or versions:  # else one went, and nothing was looked at
+            self._loads.add(model, ready=refused is None)
         if refused:
             raise refused
 

@@ -10,16 +10,16 @@ from benchmarks.seeing.seeing import share
 
 def test_a_machine_that_becomes_slower_changes_nothing() -> None:
     """Each turn of seeing is compared with what lies around it: here it costs a tenth, and the machine gets slower."""
-    instants, rate = [(5, 7, 3)], 8_000.0
+    instants, rate = [(7, 3)], 8_000.0
     for turn in range(41):
-        clock_ns, cpu_ns, predictions = instants[-1]
+        cpu_ns, predictions = instants[-1]
         took = int(rate * 1000 * (0.9 if turn % 2 else 1.0))
-        instants.append((clock_ns + 10**12, cpu_ns + 3 * 10**11, predictions + took))
+        instants.append((cpu_ns + 3 * 10**11, predictions + took))
         rate *= 0.98
     found = share(instants)
     assert found.median == pytest.approx(0.9, abs=1e-4)
     assert found.error == pytest.approx(0.0, abs=1e-4)
-    assert 3e8 / 8e6 < found.cpu_us < 3e8 / 8e6 / 0.98**41 / 0.9 < 1e9 / 8e6
+    assert 3e8 / 8e6 < found.cpu_us < 3e8 / 8e6 / 0.98**41 / 0.9
 
 
 def test_a_machine_that_is_not_quiet_leaves_an_error() -> None:
@@ -27,7 +27,7 @@ def test_a_machine_that_is_not_quiet_leaves_an_error() -> None:
     generator = np.random.default_rng(3)
     rates = np.where(np.arange(801) % 2, 0.95, 1.0) * np.exp(generator.normal(0, 0.1, 801)) * 10**7
     predictions = np.concatenate([[0], np.cumsum(rates.astype(np.int64))])
-    found = share([(turn * 10**9, turn * 10**9, int(sum_)) for turn, sum_ in enumerate(predictions)])
+    found = share([(turn * 10**9, int(sum_)) for turn, sum_ in enumerate(predictions)])
     of_one = 0.95 * 0.1 * np.sqrt(1.5)  # a turn over the root of two
     assert found.error == pytest.approx(1.2533 * of_one / np.sqrt(400), rel=0.3)
     assert found.median == pytest.approx(0.95, abs=4 * found.error)

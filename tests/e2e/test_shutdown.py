@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -48,7 +50,8 @@ def test_it_is_not_ready_first(serve: Serve, tmp_path: Path) -> None:
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
     start = time.monotonic()
     serving.process.send_signal(signal.SIGINT)  # who says so does not want to wait
-    assert serving.process.wait(timeout=20) == 0
+    said, _ = serving.process.communicate(timeout=20)
+    assert (serving.process.returncode, "Traceback" in said) == (0, False), said
     assert time.monotonic() - start < 1.5
 
 
@@ -147,3 +150,26 @@ def test_an_engine_that_does_not_come_back_does_not_keep_the_process(
     assert time.monotonic() - start < 8
     assert ("a model is still being computed or admitted" in said) == (code == 1)
     assert ("1 of the workers ended without finishing" in said) == (code == 1 and workers == "2")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_it_can_be_ended_while_it_starts(tmp_path: Path, signum: signal.Signals, code: int, workers: str) -> None:
+    """Whatever it is doing then, importing the engine for one: no traceback, and at once."""
+    write_table_bundle(tmp_path, name="table")
+    command = [sys.executable, "-m", "service.cli", "serve", str(tmp_path), "--port", "0", "--workers", workers]
+    for after_s in (0.0, 0.1, 0.2, 0.4, 0.6):
+        starting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        until(lambda pid=starting.pid: handles(pid, signum))  # type: ignore[misc]
+        time.sleep(after_s)
+        starting.send_signal(signum)
+        said, _ = starting.communicate(timeout=20)
+        assert starting.returncode in (code, 0), said  # 0: it served already
+        assert "Traceback" not in said
+
+
+def handles(pid: int, signum: signal.Signals) -> bool:
+    """As `SigCgt` of proc_pid_status(5) says; and not by raising, as Python does with SIGINT at first."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1) and bool(caught >> (signum - 1) & 1)

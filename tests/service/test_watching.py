@@ -277,6 +277,8 @@ def test_a_new_version_is_served_and_an_old_one_can_be_removed(tmp_path: Path) -
         shutil.move(models / "table" / "2", tmp_path / "aside")
         await house.until(lambda: "its folder is gone" in house.index()["2"][1])
         assert house.repository.only() is serving
+        await house.several_looks()
+        assert await house.metric("evalmode_loads_total", model="table") == 2  # at the start, and of version 2
         shutil.move(tmp_path / "aside", models / "table" / "2")
         await house.until(lambda: house.index()["2"] == ("READY", ""))
         assert house.repository.only() is serving
