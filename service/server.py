@@ -31,8 +31,8 @@ def serve(path: Path, settings: Settings) -> None:
         WrongCall: there is nothing to serve at `path`, or the files of keys or certificates cannot be used.
         Refused: the port is taken, the device cannot be had, no model was admitted, or no worker can be started.
     """
-    signal.signal(signal.SIGTERM, lambda *_: _end(0))  # until there is something to drain
-    signal.signal(signal.SIGINT, lambda *_: _end(130))
+    signal.signal(signal.SIGINT, lambda *_: _end(130))  # until there is something to drain
+    signal.signal(signal.SIGTERM, lambda *_: _end(0))
     share_arenas()
     _allow_descriptors()
     logs.begin(settings.log_level, settings.log_format)

@@ -245,7 +245,6 @@ def test_a_signal_that_comes_as_soon_as_the_address_is_known_waits_all_the_same(
 
             app = empty()
             began_s = time.monotonic()
-            began_s = time.monotonic()
             server = Server(app, ended_at_once, shutdown_delay_s=1)
             serving = asyncio.create_task(server.serve(sockets=[listening.dup()]))
             while not (app.readiness.ending or serving.done()):
