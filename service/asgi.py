@@ -148,6 +148,7 @@ class Application:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(f"{scope['path']} takes POST, not {scope['method']}")
             check_content_type(headers, binary=route.binary)
+            self.bodies.check()
             body = await self._body(receive, headers, held)
         except Exception as error:
             given = request_id(headers)

@@ -1,7 +1,7 @@
-"""The memory that bodies take while they are read has an end.
+"""The memory that bodies take on their way has an end: requests while they are read, answers until they are read.
 
-Whoever sends half a body is waited for as long as it keeps to a rate (connection.py), so ten thousand connections could
-hold ten thousand bodies.
+Whoever sends half a body is waited for as long as it keeps to a rate (connection.py), and so is who reads slowly. So
+ten thousand connections could hold ten thousand bodies, and as many answers.
 
 Rule 1: what came is counted, and not what was declared: who declares much and sends little keeps nobody out.
 Rule 2: whoever holds a part of a body says how many bytes it holds now; and none when the body is handed to the
@@ -9,24 +9,49 @@ Rule 2: whoever holds a part of a body says how many bytes it holds now; and non
 Rule 3: a body that is whole when it is first looked at is not counted: it is handed over before anybody else is read.
 Rule 4: two bodies of the largest size have room, whatever the limit: a packed one beside what it unpacks to. So nobody
         who keeps to the limit of one body is told for ever to come again.
+Rule 5: an answer that is there is counted, room or not: it was computed, and is given. While there is no room, nothing
+        more is computed. Who takes room and reads little of it is let go of then (connection.py).
 """
 
 from __future__ import annotations
 
-from typing import final
+from typing import NoReturn, final
 
 from service.errors import ServerFull
 
 
 @final
 class Bodies:
-    """All that are being read in this process. Belongs to one event loop."""
+    """All that are on their way in this process. Belongs to one event loop."""
 
-    __slots__ = ("held_bytes", "max_bytes")
+    __slots__ = ("held_bytes", "max_bytes", "turned_away")
 
     def __init__(self, *, max_bytes: int, body_limit_bytes: int) -> None:
         self.max_bytes = max(max_bytes, 2 * body_limit_bytes)
         self.held_bytes = 0
+        self.turned_away = False
+        """Somebody was, for want of room, since it was last looked after who takes it."""
+
+    @property
+    def full(self) -> bool:
+        """There is more than there is room for, so answers are among it; requests alone do not become so much."""
+        return self.held_bytes > self.max_bytes
+
+    def check(self) -> None:
+        """
+        Raises:
+            ServerFull: it is full.
+        """
+        if self.full:
+            self.turn_away()
+
+    def turn_away(self) -> NoReturn:
+        """
+        Raises:
+            ServerFull: always.
+        """
+        self.turned_away = True
+        raise ServerFull(held_bytes=self.held_bytes)
 
 
 @final
@@ -48,6 +73,10 @@ class Held:
         bodies = self._bodies
         more_bytes = count_bytes - self.count_bytes
         if more_bytes > 0 and bodies.held_bytes + more_bytes > bodies.max_bytes:
-            raise ServerFull(held_bytes=bodies.held_bytes)
-        bodies.held_bytes += more_bytes
+            bodies.turn_away()
+        self.hold_anyhow(count_bytes)
+
+    def hold_anyhow(self, count_bytes: int) -> None:
+        """So many bytes from now on, whether there is room or not."""
+        self._bodies.held_bytes += count_bytes - self.count_bytes
         self.count_bytes = count_bytes

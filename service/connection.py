@@ -22,7 +22,8 @@ Rule 6: nobody holds a connection for nothing. The server looks now and then (`c
     the client's       a request has begun and is not here yet         BEGIN_S and by its size, then 408
     ours               a request is here and not answered              it is answered, or its own deadline has come
     the client's       it was refused by its head, and still sends        LINGER_S and LINGER_BYTES, then it is cut
-    the client's       something is written that it does not read      UNREAD_S and by what it reads, then it is cut
+    the client's       something is written that it does not read      UNREAD_S and by what it reads, then it is cut;
+                                                                       CROWDED_UNREAD_S while others need the room
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import asyncio
 import functools
 import math
 import re
+import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Any, cast, final
@@ -60,6 +62,10 @@ RATE_BYTES_S = 16 * 1024
 UNREAD_S = 30.0
 """What is written may wait so long to be read, and a second more for each `RATE_BYTES_S` of it that were read, never
 longer than this at once."""
+
+CROWDED_UNREAD_S = 5.0
+CROWDED_BYTES_S = 64 * 1024
+"""While others are turned away for want of memory, whoever has read less in a second, for so long, is cut."""
 
 _RESUMED_BYTES = 48 * 1024
 """What was read at least when writing goes on: from the high mark of a transport to the low one."""
@@ -163,6 +169,10 @@ class Connection(HttpToolsProtocol):
         """What came since the last part of a body: of a head, or of what may follow a body in chunks."""
         self._held = Held(app.bodies)
         """Of bodies, what is here and waits: for the rest, or for its turn."""
+        self._unread = Held(app.bodies)
+        """Of answers, what is written and waits to be read."""
+        self._slow_since_s = math.inf
+        """Since then somebody reads it, and slowly."""
         self._unparsed = _NOTHING
         """What is here and is parsed when those before it are answered."""
         self._parsing = False
@@ -250,13 +260,20 @@ class Connection(HttpToolsProtocol):
         self._lingering_bytes = LINGER_BYTES
         self._deadline_s = self.loop.time() + LINGER_S
         self._reading = False
-        self._exchange = None
-        self._unparsed = _NOTHING
-        self._held.hold(0)
+        self._forget_bodies()
         if self.transport.can_write_eof():  # not over TLS
             self.transport.write_eof()
         self.flow.read_paused = False
         self._hand_over(self)
+
+    def _forget_bodies(self) -> None:
+        """What is here and will not be answered. A connection that is over may stay in memory for long, and with it
+        all that it holds: it is part of cycles, for Python to find."""
+        if self._exchange is not None:
+            self._exchange.give_body()
+            self._exchange = None
+        self._unparsed = _NOTHING
+        self._held.hold(0)
 
     def _pass_over(self, count_bytes: int) -> None:
         assert self._lingering_bytes is not None
@@ -271,19 +288,20 @@ class Connection(HttpToolsProtocol):
         except ServerFull as error:
             self._give_up(error)
 
-    def _took(self, read_bytes: int) -> None:
-        """So much more of a large body is in its place."""
+    def _took(self, read_bytes: int) -> bool:
+        """So much more of a large body is in its place; whether more is wanted."""
         exchange = self._exchange
         assert exchange is not None
         self._deadline_s += read_bytes / RATE_BYTES_S
         exchange.left_bytes -= read_bytes
         if exchange.left_bytes:
             self._hold(exchange)
-        else:
-            self.parser = _parser(self)  # the one before waits for a body that it will not see
-            self._hand_over(self)
-            self._first = True
-            self.on_message_complete()
+            return not self._ended
+        self.parser = _parser(self)  # the one before waits for a body that it will not see
+        self._hand_over(self)
+        self._first = True
+        self.on_message_complete()
+        return False
 
     def _hand_over(self, protocol: asyncio.BaseProtocol) -> None:
         """What comes from now on is this protocol's; transports choose how they read when they begin to."""
@@ -407,6 +425,7 @@ class Connection(HttpToolsProtocol):
             or (route := _route_of_url(self.url)) is None
             or self._owed
             or self.flow.write_paused
+            or self._application.bodies.full
             or self.parser.get_http_version() != "1.1"
         ):
             return None
@@ -463,8 +482,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._held.hold(0)
-        self._unparsed = _NOTHING
+        self._forget_bodies()
+        self._count_unread(0)
         for cycle in self._owed:  # uvicorn tells the last that came, and that may not be the one that is computed
             cycle.disconnected = True
             cycle.message_event.set()
@@ -534,10 +553,16 @@ class Connection(HttpToolsProtocol):
         now_s, unsent_bytes = self.loop.time(), self.transport.get_write_buffer_size()
         if not unsent_bytes:
             self._read_until_s = now_s + UNREAD_S
-        self._has_read(max(0, self._unsent_bytes - unsent_bytes))
+        read_bytes = max(0, self._unsent_bytes - unsent_bytes)
+        self._has_read(read_bytes)
         self._unsent_bytes = unsent_bytes
+        if not self.flow.write_paused:
+            self._count_unread(unsent_bytes)
+        if read_bytes > CROWDED_BYTES_S:
+            self._slow_since_s = now_s
         if unsent_bytes:
-            if now_s > self._read_until_s:
+            crowds = self._application.bodies.turned_away and now_s > self._slow_since_s + CROWDED_UNREAD_S
+            if crowds or now_s > self._read_until_s:
                 self.transport.abort()
         elif now_s > self._deadline_s:
             if self._reading and (self._owed or not self._head_read):  # else it was answered before it was here
@@ -548,9 +573,20 @@ class Connection(HttpToolsProtocol):
         until_s = self._read_until_s + count_bytes / RATE_BYTES_S
         self._read_until_s = min(until_s, self.loop.time() + UNREAD_S)
 
+    def pause_writing(self) -> None:
+        """With what the system has of it, which is kept here too until the rest is sent."""
+        sending_bytes = self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        self._count_unread(self.transport.get_write_buffer_size() + sending_bytes)
+        super().pause_writing()
+
     def resume_writing(self) -> None:
         self._has_read(_RESUMED_BYTES)
+        self._count_unread(0)
         super().resume_writing()
+
+    def _count_unread(self, count_bytes: int) -> None:
+        self._unread.hold_anyhow(count_bytes)
+        self._slow_since_s = min(self._slow_since_s, self.loop.time()) if count_bytes else math.inf
 
     def give_up(self) -> None:
         """The process ends now: whoever is owed an answer is told that it does not come."""

@@ -393,7 +393,7 @@ class QueueFull(RequestError):
 
 
 class ServerFull(RequestError):
-    """So much of other bodies is being read that there is no room for this one; the connection is closed."""
+    """Other requests that are being read, or answers that are not, leave no room; the connection is closed."""
 
     status = 429
     code = "server_full"
@@ -401,7 +401,7 @@ class ServerFull(RequestError):
 
     def __init__(self, *, held_bytes: int) -> None:
         super().__init__(
-            f"{held_bytes} bytes of other requests are being read already; try again in {self.retry_after_s} s"
+            f"{held_bytes} bytes of other requests and answers are on their way; try again in {self.retry_after_s} s"
         )
 
 

@@ -191,6 +191,7 @@ class Server(uvicorn.Server):
     def _let_late_go(self) -> None:
         for connection in self._connections:
             connection.close_if_late()
+        self._app.bodies.turned_away = False
 
     def _read_again(self) -> None:
         if self._tls is not None:

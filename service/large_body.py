@@ -33,11 +33,11 @@ _NO_ROOM = memoryview(b"")
 class LargeBody(asyncio.BufferedProtocol):
     """Reads for a connection until a body is whole; all else that happens meanwhile is the connection's own."""
 
-    def __init__(self, connection: asyncio.Protocol, room: memoryview, read: Callable[[int], None]) -> None:
+    def __init__(self, connection: asyncio.Protocol, room: memoryview, read: Callable[[int], bool]) -> None:
         """
         Args:
             room: what is left to be filled, not empty.
-            read: is told how many bytes came.
+            read: is told how many bytes came, and says whether more is wanted.
         """
         self._connection = connection
         self._room = room
@@ -48,7 +48,8 @@ class LargeBody(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._room = self._room[nbytes:] or _NO_ROOM
-        self._read(nbytes)
+        if not self._read(nbytes):
+            self._room = _NO_ROOM  # transports hold on to who read last
 
     def eof_received(self) -> bool | None:
         return self._connection.eof_received()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +37,14 @@ Serve = Callable[..., Serving]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Start `evalmode serve PATH --port 0 [flags]` and wait until it has printed its call."""
+    """Start `evalmode serve PATH --port 0 [flags]` and wait until it has printed its call.
+
+    `inside` is a command that runs the one that follows it.
+    """
     running: list[subprocess.Popen[str]] = []
 
-    def start(path: Path, *flags: str) -> Serving:
-        command = [sys.executable, "-m", "service.cli", "serve", str(path), "--port", "0", *flags]
+    def start(path: Path, *flags: str, inside: Sequence[str] = ()) -> Serving:
+        command = [*inside, sys.executable, "-m", "service.cli", "serve", str(path), "--port", "0", *flags]
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         running.append(process)

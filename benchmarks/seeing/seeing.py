@@ -16,15 +16,20 @@ from pathlib import Path
 from typing import final
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.progress import track
 
 from benchmarks.serving.load import driven
 from benchmarks.serving.workloads import Workload
 from benchmarks.started import Started, started
 
-CONNECTIONS, WARM_UP_S, TURN_S = 32, 2, 1.0
-EXPORT_EVERY_MS = "1000"
-"""Spans leave in each turn; usually it is every five seconds, which most turns would not see."""
+CONNECTIONS, WARM_UP_S, TURN_S = 32, 2, 0.1
+STRETCH = 40
+"""Turns, of which half see: two seconds of the shares that log and traces have."""
+EXPORT_S, SCRAPE_S = 5, 15
+"""Seconds of seeing."""
+NEVER_MS = "3600000"
+"""The SDK would send in turns that are blind, too; switched.py has it send."""
 RESAMPLES = 2000
 
 
@@ -47,68 +52,77 @@ SIGHTS = (Sight(name="usual"), Sight(name="all", options=("--log-format", "json"
 class Share:
     """Of the throughput, what is left to who sees."""
 
-    median: float
+    share: float
     error: float
     """Its standard error."""
     cpu_us: float
-    """CPU time of a prediction, seen or not."""
+    """CPU time of a prediction that nobody sees."""
 
     def __str__(self) -> str:
-        return f"{self.median:.3f} ± {self.error:.3f} of the throughput, {self.cpu_us:.0f} us a prediction"
+        return f"{self.share:.4f} ± {self.error:.4f} of the throughput, {self.cpu_us:.1f} us a prediction"
 
 
 def share(instants: Sequence[Sequence[int]]) -> Share:
     """
     Args:
-        instants: CPU time in ns, and predictions until then; between two of them is a turn, blind the first and the
-            last.
+        instants: CPU time in ns, and predictions until then; between two of them is a turn, blind and seeing in turn,
+            and there are whole stretches of them.
     """
-    cpu_ns, predictions = np.diff(np.asarray(instants, np.float64), axis=0).T
-    rates = predictions / cpu_ns
-    shares = rates[1:-1:2] / np.sqrt(rates[:-2:2] * rates[2::2])
-    resampled = np.random.default_rng(1).choice(shares, (RESAMPLES, len(shares)))
-    error, cpu_us = np.median(resampled, axis=1).std(), np.median(1 / rates) / 1e3
-    return Share(round(float(np.median(shares)), 4), round(float(error), 4), round(float(cpu_us), 1))
+    turns = np.diff(np.asarray(instants, np.float64), axis=0)
+    stretches = turns.reshape(-1, STRETCH // 2, 2, 2).sum(axis=1)
+    """By stretch, blind or seeing, CPU time and predictions."""
+    chosen = np.random.default_rng(1).integers(len(stretches), size=(RESAMPLES, len(stretches)))
+    error = _share(stretches[chosen].sum(axis=1)).std()
+    cpu_ns, predictions = stretches.sum(axis=0)[0]
+    return Share(
+        round(float(_share(stretches.sum(axis=0))), 4), round(float(error), 4), round(cpu_ns / predictions / 1e3, 1)
+    )
 
 
-def seen(sight: Sight, workload: Workload, folder: Path, *, turns: int) -> Share:
+def _share(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(..., blind or seeing, CPU time and predictions) -> (...)"""
+    rates = sums[..., 1] / sums[..., 0]
+    return np.asarray(rates[..., 1] / rates[..., 0])
+
+
+def seen(sight: Sight, workload: Workload, folder: Path, *, stretches: int) -> Share:
     """
     Args:
         folder: holds the bodies of the workload in `bodies`.
-        turns: in which it sees.
+        stretches: of turns.
     """
     written = folder / f"{sight.name}.turns"
     with collecting() as collector:
-        traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address, "OTEL_BSP_SCHEDULE_DELAY": EXPORT_EVERY_MS}
+        traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address, "OTEL_BSP_SCHEDULE_DELAY": NEVER_MS}
         program = ("-m", "benchmarks.seeing.switched", str(written))
         serving = started(workload.network, *sight.options, program=program, environment=traced if sight.traced else {})
         with serving as server, ThreadPoolExecutor() as threads:
             url = f"{server.address}/v2/models/{workload.network.stem}/infer"
-            lasts_s = WARM_UP_S + int((2 * turns + 2) * TURN_S) + 1
+            lasts_s = WARM_UP_S + int(stretches * STRETCH * TURN_S) + 1
             load = threads.submit(driven, url, folder / "bodies", connections=CONNECTIONS, seconds=lasts_s)
             time.sleep(WARM_UP_S)
-            for turn in track(range(2 * turns + 1), sight.name):
-                take_turn(server, scraped=sight.scraped and turn % 2 == 1)
-            server.process.send_signal(signal.SIGUSR1)
+            take_turns(server, stretches, sight)
             ended = load.result()
     if ended.non_2xx or ended.socket_errors:
         raise SystemExit(f"{sight.name}: {ended.non_2xx} answers were not 2xx, {ended.socket_errors} socket errors")
     if sight.traced and not collector.taken_bytes:
         raise SystemExit(f"{sight.name}: the collector got no spans")
     instants = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
-    if [sees for sees, *_ in instants] != [turn % 2 == 1 for turn in range(2 * turns + 2)]:
+    if [sees for sees, *_ in instants] != [turn % 2 == 1 for turn in range(stretches * STRETCH + 1)]:
         raise SystemExit(f"{sight.name}: the turns that were taken are not those that were asked for")
     return share([at for _, *at in instants])
 
 
-def take_turn(server: Started, *, scraped: bool) -> None:
-    until_s = time.monotonic() + TURN_S
+def take_turns(server: Started, stretches: int, sight: Sight) -> None:
+    """A signal at the start of each, and one at the end of the last."""
+    began_s, scrape_every = time.monotonic(), round(2 * SCRAPE_S / TURN_S)
+    for turn in track(range(stretches * STRETCH), sight.name):
+        server.process.send_signal(signal.SIGUSR1)
+        if sight.scraped and turn % scrape_every == 1:
+            with urllib.request.urlopen(f"{server.address}/metrics", timeout=10) as page:
+                page.read()
+        time.sleep(max(0.0, began_s + (turn + 1) * TURN_S - time.monotonic()))
     server.process.send_signal(signal.SIGUSR1)
-    if scraped:
-        time.sleep(TURN_S / 4)
-        with urllib.request.urlopen(f"{server.address}/metrics", timeout=10) as page:
-            page.read()
-    time.sleep(max(0.0, until_s - time.monotonic()))
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 SIGUSR1 makes it blind, and the next one lets it see again. At each a line is written to FILE: whether it sees from now
 on, and the nanoseconds of CPU time and the predictions that there were until then.
+
+A second of the shares that log and traces have lasts two here, one of which is seen; spans leave in turns that see.
 """
 
 from __future__ import annotations
@@ -9,18 +11,24 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 import time
-from itertools import cycle
+from itertools import count
 from pathlib import Path
 from typing import Any, final
 from unittest.mock import patch
 
-from service import alone
+from benchmarks.seeing.seeing import EXPORT_S, TURN_S
+from service import alone, shares
 from service.app import create_app
 from service.asgi import Application
 from service.cli import main
 from service.statistics import Statistics
+from service.tracing import Tracing
 from service.watch import Watch
+
+EXPORT_EVERY = round(2 * EXPORT_S / TURN_S)
+"""Turns."""
 
 COUNTING = {name: getattr(Statistics, name) for name in ("answered", "ran", "failed")}
 
@@ -34,16 +42,21 @@ class Switch:
         self._watch = watch
         self._watchers = (*watch.hearing,)
         self._file = file
-        self._sees = cycle([False, True])
+        self._turns = count()
 
     def turn(self, *_: object) -> None:
-        sees = next(self._sees)
+        number = next(self._turns)
+        sees = number % 2 == 1
         for name, counting in COUNTING.items():
             setattr(Statistics, name, counting if sees else nothing)
         self._watch._watchers = self._watch.hearing = self._watchers if sees else ()
         now = (sees, time.process_time_ns(), self._watch.counts.begun)
         with self._file.open("a", encoding="utf-8") as lines:
             print(json.dumps(now), file=lines)
+        if number % EXPORT_EVERY == EXPORT_EVERY - 1:
+            for tracing in self._watchers:
+                if isinstance(tracing, Tracing):
+                    threading.Thread(target=tracing._provider.force_flush).start()
 
 
 def switched(*arguments: Any) -> Application:
@@ -54,5 +67,5 @@ def switched(*arguments: Any) -> Application:
 
 if __name__ == "__main__":
     FILE = Path(sys.argv.pop(1))
-    with patch.object(alone, "create_app", switched):
+    with patch.object(alone, "create_app", switched), patch.object(shares, "SECOND_S", 2 * shares.SECOND_S):
         main()

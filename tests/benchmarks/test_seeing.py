@@ -5,29 +5,36 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.seeing.seeing import share
+from benchmarks.seeing.seeing import STRETCH, share
+
+STRETCHES = 50
+
+
+def instants(rates: np.ndarray, cpu_ns: float = 1e11) -> list[tuple[int, int]]:
+    """Of turns with so many predictions each, blind first; what was before them does not count."""
+    return [(7 + round(turn * cpu_ns), 3 + round(sum_)) for turn, sum_ in enumerate(np.cumsum([0, *rates]))]
 
 
 def test_a_machine_that_becomes_slower_changes_nothing() -> None:
-    """Each turn of seeing is compared with what lies around it: here it costs a tenth, and the machine gets slower."""
-    instants, rate = [(7, 3)], 8_000.0
-    for turn in range(41):
-        cpu_ns, predictions = instants[-1]
-        took = int(rate * 1000 * (0.9 if turn % 2 else 1.0))
-        instants.append((cpu_ns + 3 * 10**11, predictions + took))
-        rate *= 0.98
-    found = share(instants)
-    assert found.median == pytest.approx(0.9, abs=1e-4)
-    assert found.error == pytest.approx(0.0, abs=1e-4)
-    assert 3e8 / 8e6 < found.cpu_us < 3e8 / 8e6 / 0.98**41 / 0.9
+    """Here it costs a tenth, and the machine gets slower by half while that is measured."""
+    turn = np.arange(STRETCHES * STRETCH)
+    found = share(instants(np.where(turn % 2, 0.9, 1.0) * 8e6 * 0.5 ** (turn / len(turn))))
+    assert found.share == pytest.approx(0.9, abs=5e-4)
+    assert found.error < 5e-4
+    assert 1e8 / 8e6 < found.cpu_us < 1e8 / 4e6
+
+
+def test_what_happens_once_in_a_while_counts() -> None:
+    """A median over turns would not know of it: a scrape takes half of one turn in 40."""
+    rates = np.full(STRETCHES * STRETCH, 1e6)
+    rates[1::STRETCH] /= 2
+    assert share(instants(rates)).share == pytest.approx(1 - 0.5 / (STRETCH / 2), abs=1e-6)
 
 
 def test_a_machine_that_is_not_quiet_leaves_an_error() -> None:
-    """As large as the spread of the turns over the root of their number has it, by the theory of the median."""
-    generator = np.random.default_rng(3)
-    rates = np.where(np.arange(801) % 2, 0.95, 1.0) * np.exp(generator.normal(0, 0.1, 801)) * 10**7
-    predictions = np.concatenate([[0], np.cumsum(rates.astype(np.int64))])
-    found = share([(turn * 10**9, int(sum_)) for turn, sum_ in enumerate(predictions)])
-    of_one = 0.95 * 0.1 * np.sqrt(1.5)  # a turn over the root of two
-    assert found.error == pytest.approx(1.2533 * of_one / np.sqrt(400), rel=0.3)
-    assert found.median == pytest.approx(0.95, abs=4 * found.error)
+    """As large as the spread of the turns over the root of their number has it, for blind and seeing turns together."""
+    turns = STRETCHES * STRETCH
+    noise = np.random.default_rng(3).normal(0, 0.1, turns)
+    found = share(instants(np.where(np.arange(turns) % 2, 0.95, 1.0) * (1 + noise) * 1e6))
+    assert found.error == pytest.approx(0.95 * 0.1 * np.sqrt(2) / np.sqrt(turns / 2), rel=0.3)
+    assert found.share == pytest.approx(0.95, abs=4 * found.error)

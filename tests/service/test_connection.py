@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import itertools
 import json
@@ -14,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import ref
 
 import numpy as np
 import onnx
@@ -23,13 +25,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from service import http_server
+from service import exchange, http_server
 from service.app import create_app
 from service.asgi import Application
 from service.busy_polling import BusyPolling
 from service.coalescing import Coalescer
 from service.connection import (
     BEGIN_S,
+    CROWDED_BYTES_S,
+    CROWDED_UNREAD_S,
     KEEP_ALIVE_S,
     LAST_REQUEST_S,
     LINGER_BYTES,
@@ -47,7 +51,7 @@ from service.settings import Settings
 from tests import graphs
 from tests.asking import JSON_LENGTH, binary_message, save
 from tests.bundles import SAMPLE, write_table_bundle
-from tests.wire import LIMIT_S, Answer, Held, Loop, Served, message, serving
+from tests.wire import LIMIT_S, Answer, Client, Held, Loop, Served, message, serving
 
 LOOPS: tuple[Loop, ...] = ("asyncio", "uvloop")
 LIMIT_BYTES = 2**20
@@ -1036,6 +1040,96 @@ def test_who_reads_slowly_is_let_go_of(narrow: Served, content: bytes, each_s: f
             narrow.pass_s(each_s)
             assert narrow.unsent_bytes <= before + 4 * WIDTH
         assert bool(narrow.connections) == stays
+
+
+ROOM_BYTES = 3 * 2**20
+
+
+@contextmanager
+def crowded(repository: Repository, loop: Loop, content: bytes) -> Iterator[tuple[Served, list[Client]]]:
+    """Clients that read nothing of their answers, as many as take the room."""
+    with (
+        serving(of_all(repository), loop=loop, send_buffer_bytes=32 * 1024) as served,
+        ExitStack() as open_clients,
+    ):
+        served.app.bodies.max_bytes = ROOM_BYTES
+        clients = []
+        while held_bytes(served) <= ROOM_BYTES:
+            clients.append(client := open_clients.enter_context(served.connect(receive_buffer_bytes=4096)))
+            before = held_bytes(served)
+            client.send_apart(content)
+            served.until(lambda before=before: served.app.bodies.held_bytes > before)  # type: ignore[misc]
+        assert held_bytes(served) >= len(clients) * 4 * WIDTH  # also what the system has taken of it is still here
+        assert len(clients) == pytest.approx(ROOM_BYTES / (4 * WIDTH), abs=2)
+        yield served, clients
+
+
+@pytest.mark.parametrize("content", [WIDE.declared(), WIDE.chunked()], ids=["short", "asgi"])
+def test_answers_that_nobody_reads_take_so_much_and_no_more(repository: Repository, loop: Loop, content: bytes) -> None:
+    """Whoever comes then is told to come again; who has not read is answered all the same, and makes room."""
+    wanted = computed(repository, "wide", np.array([[3]], dtype=np.float32))
+    with crowded(repository, loop, content) as (served, clients):
+        for one in (SMALL.declared(), SMALL.chunked()):
+            with served.connect() as small:
+                refused = small.ask(one)
+                assert is_refused(refused, 429, "server_full")
+                assert refused["retry-after"] == "1"
+        with served.connect() as other:
+            assert other.ask(ALIVE).status == 200
+        for client in clients:
+            assert blob(client.answer()) == wanted
+        assert held_bytes(served) == 0
+        with served.connect() as small:
+            assert small.ask(SMALL.declared()).status == 200
+
+
+def test_who_does_not_read_leaves_when_others_need_the_room(repository: Repository, loop: Loop) -> None:
+    """And not when nobody came; who reads, stays."""
+    with crowded(repository, loop, WIDE.declared()) as (served, clients):
+        served.pass_s(CROWDED_UNREAD_S + 1)
+        assert served.connections == len(clients)
+        reads, taken_bytes = clients[0], 0
+        while taken_bytes < 2 * CROWDED_BYTES_S:
+            taken_bytes += len(reads.socket.recv(2**16))
+        with served.connect() as small:
+            assert is_refused(small.ask(SMALL.declared()), 429, "server_full")
+        served.until(lambda: not served.app.bodies.turned_away)  # it is not remembered for long
+        served.app.bodies.turned_away = True
+        served.pass_s(1)
+        served.until_connections(1)
+        with served.connect() as small:
+            assert small.ask(SMALL.declared()).status == 200
+
+
+@pytest.mark.parametrize("ends", ["it is refused", "the client leaves"])
+def test_of_a_body_that_is_not_answered_nothing_is_kept(
+    repository: Repository, loop: Loop, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """Not even by what is left of its connection, which may be there for long after it."""
+    places: list[ref[Any]] = []
+
+    def noted(size: int, json_bytes: int) -> memoryview:
+        place = place_for(size, json_bytes)
+        places.append(ref(place.obj))
+        return place
+
+    monkeypatch.setattr(exchange, "place_for", noted)
+    content, half = IMAGE.declared(), LIMIT_BYTES // 3
+    with serving(of_all(repository), loop=loop) as served, served.connect() as client:
+        gc.disable()
+        try:
+            client.send_apart(content[:half])
+            if ends == "it is refused":
+                served.app.bodies.max_bytes = half
+                client.send(content[half : half + 20_000])
+                assert is_refused(client.answer(), 429, "server_full")
+            else:
+                client.leave(abruptly=True)
+                served.until_connections(0)
+            served.until(lambda: places[0]() is None)
+            assert served.connections == (ends == "it is refused")  # for a while, so that the answer is read
+        finally:
+            gc.enable()
 
 
 def test_idle_is_idle_also_after_an_early_answer(served: Served) -> None:
