@@ -88,10 +88,13 @@ class Access:
         key = None if presented is None else _known(presented, self._file.keys)
         return key is not None and Right.PREDICT in key.rights
 
-    def check(self, path: str, headers: Headers) -> None:
+    def check(self, path: str, headers: Headers) -> str:
         """
         Args:
             path: as it will be routed.
+
+        Returns:
+            The name of the key; empty if none is needed.
 
         Raises:
             Unauthorized: no key came, or none that is known.
@@ -102,9 +105,9 @@ class Access:
         if self._file is None:
             if right is Right.MANAGE:
                 _check_own_machine(self._host, headers)
-            return
+            return ""
         if is_open(path):
-            return
+            return ""
         presented = _presented(headers)
         key = None if presented is None else _known(presented, self._file.keys)
         if key is None:
@@ -113,6 +116,7 @@ class Access:
             raise NotFound(f"there is nothing at {clipped(path)}; GET /docs lists what there is")
         if right not in key.rights:
             raise Forbidden(f"the API key lacks the right '{right}'; use one that has it")
+        return key.name
 
 
 def _presented(headers: Headers) -> bytes | None:

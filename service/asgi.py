@@ -46,6 +46,9 @@ GONE = "evalmode.gone"
 CODE = "evalmode.code"
 """Put into the scope by whoever answers with an error: its code."""
 
+KEY_NAME = "evalmode.key"
+"""In the scope: that of the key that was sent; empty if none is needed."""
+
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 _UNKNOWN: dict[str, Callable[[], bool]] = {GONE: lambda: False}
@@ -84,7 +87,7 @@ class Application:
         if scope.get("root_path"):  # of another server; what is checked here is what is routed
             scope = {**scope, "root_path": ""}
         try:
-            self.access.check(scope["path"], headers)
+            scope = {**scope, KEY_NAME: self.access.check(scope["path"], headers)}
         except RequestError as error:
             given = request_id(headers)
             await _send(send, *refusal(error, given))

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from service.errors import EvalmodeError, Refused, WrongCall
 from service.misfit import first_misfit
-from service.settings import Device, Settings
+from service.settings import Device, Settings, check_variables
 
 VERBS_GROUP = "evalmode.verbs"
 
@@ -111,6 +111,7 @@ def serve(
     """
     from service import server  # each verb imports what it needs
 
+    check_variables(os.environ)
     settings = settings or Settings()
     server.serve(path or settings.models, settings)
 

@@ -47,7 +47,7 @@ class Crew(Protocol):
         """Stop serving a model.
 
         Raises:
-            UnknownModel, NotReady: it is not served.
+            UnknownModel: nobody knows it.
         """
         ...
 

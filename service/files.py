@@ -55,12 +55,11 @@ def _write_beside(path: Path, content: bytes, mode: int, owner: tuple[int, int] 
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """A block that no other process is in for the same folder, which is made; where folders can be locked.
+    """A block that no other process is in for the same folder; where folders can be locked.
 
     Raises:
-        OSError: there cannot be such a folder.
+        OSError: there is no such folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":
         yield
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.errors import Refused
+from service.errors import Refused, WrongCall
 from service.files import one_at_a_time, write_whole
 from service.keys import Key, made_key, read_keys
 
@@ -36,19 +36,27 @@ def key(
         The keys file, which gets one line more; without it the line is printed.
     """
     secret, made = made_key(name, rights.split(","))
-    if file is not None:
-        _append(file, made)
+    same = _append(file, made) if file is not None else 0
     print(f"key:     {secret}\nwritten: {file}" if file is not None else f"key:     {secret}\nline:    {made.line}")
+    if same:
+        print(f"\n'{name}' has {same + 1} keys there now; delete the old line when nobody uses it any more.")
     print("\nThe key is shown this once. Callers send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.")
 
 
-def _append(file: Path, made: Key) -> None:
-    """One line more, in a file that keeps its owner and who may read it; a new one is for its owner alone."""
+def _append(file: Path, made: Key) -> int:
+    """One line more, in a file that keeps its owner and who may read it; a new one is for its owner alone.
+
+    Returns:
+        How many keys there have that name already.
+    """
+    same = 0
+    if not file.parent.is_dir():
+        raise WrongCall(f"there is no folder '{file.parent}' for the keys file; make it, or name another file")
     try:
         with one_at_a_time(file.parent):
             before, mode, owner = b"", 0o600, None
             if file.exists():
-                read_keys(file)  # a file that is wrong is not made longer
+                same = sum(key.name == made.name for key in read_keys(file))  # one that is wrong is not made longer
                 before = file.read_bytes()
                 found = file.stat()
                 mode, owner = found.st_mode & 0o777, (found.st_uid, found.st_gid)
@@ -59,3 +67,4 @@ def _append(file: Path, made: Key) -> None:
         raise Refused(
             f"the keys file '{file}' cannot be written: {error.strerror}; it is as it was, and no key was made"
         ) from error
+    return same

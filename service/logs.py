@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import threading
+import time
 from datetime import UTC, datetime
 from queue import SimpleQueue
 from typing import Any, Literal, final
@@ -19,6 +20,9 @@ from typing import Any, Literal, final
 import orjson
 
 LogFormat = Literal["auto", "text", "json"]
+
+SELDOM = ("opentelemetry",)
+SELDOM_S = 60.0
 
 STANDARD_ERROR = 2
 MOST_WAITING = 10_000
@@ -42,6 +46,8 @@ def begin(level: str, form: LogFormat, *, text: str = TEXT) -> None:
         form = "text" if os.isatty(STANDARD_ERROR) else "json"
     writer = Writer(STANDARD_ERROR)
     writer.setFormatter(JsonLines() if form == "json" else logging.Formatter(text))
+    for library in SELDOM:
+        writer.addFilter(Seldom(library))
     logging.basicConfig(level=level.upper(), handlers=[writer])
 
 
@@ -58,6 +64,24 @@ def lost() -> int:
 
 def _writers() -> list[Writer]:
     return [handler for handler in logging.getLogger().handlers if isinstance(handler, Writer)]
+
+
+@final
+class Seldom(logging.Filter):
+    """What a library says again and again, such as that its collector is not there, is said once a minute."""
+
+    def __init__(self, library: str) -> None:
+        super().__init__(library)
+        self._next_s: dict[tuple[str, int], float] = {}
+        """By place in its sources."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        place = record.pathname, record.lineno
+        if super().filter(record):
+            if time.monotonic() < self._next_s.get(place, 0):
+                return False
+            self._next_s[place] = time.monotonic() + SELDOM_S
+        return True
 
 
 @final

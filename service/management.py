@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service import openapi
+from service.asgi import KEY_NAME
 from service.aside import aside
 from service.crew import Crew
 from service.errors import (
@@ -112,6 +113,12 @@ async def _asked(request: Request, kind: type[AskedT], limit_bytes: int) -> Aske
         raise BadRequest(f"{what} is {describe(got)}, which does not fit: {why}") from error
 
 
+def _asker(request: Request) -> str:
+    """For the log."""
+    name = request.scope.get(KEY_NAME)
+    return f"the key '{name}'" if name else "somebody"
+
+
 @final
 class _Folder:
     """Looked at for whoever asks: one look at a time, and nobody waits for one that hangs."""
@@ -191,8 +198,9 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
         try:
             await crew.load(model)
         except LoadRefused as refused:
-            _log.warning("%s; what was served goes on", refused)
+            _log.warning("%s; what was served goes on, and %s is told so", refused, _asker(request))
             raise
+        _log.info("model '%s' was looked at again, as %s asked", model, _asker(request))
         return Response()
 
     @app.post(
@@ -204,7 +212,7 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
     async def unload(model: str, request: Request) -> Response:
         await _asked(request, LoadRequest, limit_bytes)
         await crew.unload(model)
-        _log.info("model '%s' was unloaded, as somebody asked", model)
+        _log.info("model '%s' was unloaded, as %s asked", model, _asker(request))
         return Response()
 
     @app.get(
@@ -225,12 +233,14 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
     async def move_alias(model: str, alias: str, request: Request) -> dict[str, str | bool]:
         asked = await _asked(request, AliasRequest, limit_bytes)
         kept = await crew.move_alias(model, alias, asked.version)
-        _log.info("alias '%s' of model '%s' is version %s now, as somebody asked", alias, model, asked.version)
+        _log.info(
+            "alias '%s' of model '%s' is version %s now, as %s asked", alias, model, asked.version, _asker(request)
+        )
         return {"model": model, "alias": alias, "version": asked.version, "survives_restart": kept}
 
     @app.delete("/v2/repository/models/{model}/aliases/{alias}", summary="Take an alias away", **about)
     async def remove_alias(model: str, alias: str, request: Request) -> dict[str, str | bool]:
         await _asked(request, LoadRequest, limit_bytes)
         kept = await crew.move_alias(model, alias, None)
-        _log.info("alias '%s' of model '%s' is gone, as somebody asked", alias, model)
+        _log.info("alias '%s' of model '%s' is gone, as %s asked", alias, model, _asker(request))
         return {"model": model, "alias": alias, "survives_restart": kept}

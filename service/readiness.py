@@ -6,7 +6,7 @@ import asyncio
 from typing import final
 
 from service.errors import STOPPING, NotReady
-from service.repository import Repository
+from service.repository import NO_MODEL, Repository
 
 
 @final
@@ -30,7 +30,7 @@ class Readiness:
         """
         self._check_stays()
         if not self._repository.ready:
-            raise NotReady("no model is ready")
+            raise NotReady(NO_MODEL)
         await asyncio.gather(*[live.canary.check() for live in self._repository.models])
 
     async def check_model(self, name: str, version: str | None) -> str:

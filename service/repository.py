@@ -55,6 +55,8 @@ from service.trial import Trials, Tried
 UNLOADED = "unloaded by request"
 """The reason why a version is not served that nobody refused."""
 
+NO_MODEL = "no model is ready; POST /v2/repository/index says why"
+
 GONE = "its folder is gone; it is served from memory until it is replaced or unloaded"
 
 _log = logging.getLogger(__name__)
@@ -248,16 +250,20 @@ class Repository:
         return [entry.version for entry in before if entry.live is not None and entry.live in now]
 
     def unload(self, name: str) -> None:
-        """Stop serving a model; who is being answered gets the answer.
+        """Stop serving a model; who is being answered gets the answer. One that is not served stays so, whatever comes
+        into its folder.
 
         Raises:
-            UnknownModel, NotReady: it is not served.
+            UnknownModel: nobody knows it.
         """
-        lives = [entry.live for entry in self._entries.get(name, ()) if entry.live is not None]
-        if not lives:
+        entries = self._entries.get(name)
+        if not entries:
             raise self._not_served(name, None)
+        lives = [entry.live for entry in entries if entry.live is not None]
         self._entries[name] = tuple(
-            Entry(name=name, version=live.version, state="UNAVAILABLE", reason=UNLOADED) for live in lives
+            Entry(name=name, version=entry.version, state="UNAVAILABLE", reason=UNLOADED)
+            for entry in entries
+            if entry.ready or not lives
         )
         self._assign(name)
         self._let_go(lives)
@@ -316,7 +322,7 @@ class Repository:
         """
         if not self._live:
             name = next((live.name for live in self.lives), None)
-            raise NotReady("no model is ready") if name is None else self._not_served(name, None)
+            raise NotReady(NO_MODEL) if name is None else self._not_served(name, None)
         if len(self._live) > 1:
             raise NotFound(f"several models are served; name one, as in /models/NAME/predict: {listing(self._live)}")
         return next(iter(self._live.values()))
@@ -594,7 +600,10 @@ def _load(
     except AdmissionRefused as refusal:
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=str(refusal))
     except MemoryError:
-        reason = "not admitted: it asks for more memory than is free"
+        reason = (
+            "not admitted: it asks for more memory than is free; give it more, or let fewer rows run together "
+            "(--max-batch-rows)"
+        )
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
     except Exception as error:  # a file that nobody foresaw must not keep the other models from being served
         _log.exception("admission of %s/%s broke", found.name, found.version)

@@ -6,6 +6,8 @@ A flag beats the environment, the environment beats the default.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -14,17 +16,20 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service import policy
 from service.access_log import AccessLogChoice
+from service.errors import WrongCall
 from service.logs import LogFormat
 
 Device = Literal["auto", "cpu", "cuda"]
 Numerics = Literal["exact", "bounded"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+PREFIX = "EVALMODE_"
+
 
 class Settings(BaseSettings):
     """How the service runs."""
 
-    model_config = SettingsConfigDict(env_prefix="EVALMODE_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     models: Path = Field(default=Path("models"), description="What to serve when no PATH is given.")
     name: str = Field(default="", description="What the one model at PATH is called; by default as its folder or file.")
@@ -102,6 +107,21 @@ class Settings(BaseSettings):
     def _is_a_policy(cls, versions: str) -> str:
         policy.parse(versions)
         return versions
+
+
+def check_variables(names: Iterable[str]) -> None:
+    """Of an environment. Names that resemble no setting are none of ours, such as those that Kubernetes makes for a
+    service that is called evalmode.
+
+    Raises:
+        WrongCall: one is nearly a setting: whoever wrote it means to have set that.
+    """
+    for name in names:
+        field, known = name.removeprefix(PREFIX).lower(), Settings.model_fields
+        if name.startswith(PREFIX) and field not in known:
+            longer = [setting for setting in known if field and setting.startswith(field)]
+            for meant in (longer or get_close_matches(field, known, cutoff=0.7))[:1]:
+                raise WrongCall(f"{name} is no setting, and {PREFIX}{meant.upper()} is one; rename it, or unset it")
 
 
 def is_loopback(host: str) -> bool:

@@ -239,10 +239,12 @@ class Supervisor:
             self._workers.discard(worker)
 
     def _complete(self, said: str) -> None:
-        """When all serve: there will be a spare, and the first time it is said."""
+        """When all serve, it is said, and there will be a spare."""
         if len(self._conductor.workers) < self._settings.workers:
             return
         self._spare.want()
         if not self._announced:
             self._announced = True
             say(said)
+        else:
+            _log.warning("all %d workers serve again", self._settings.workers)

@@ -278,6 +278,22 @@ def test_what_programs_send_is(repository: Repository, content_type: str) -> Non
     assert refused(response) == (404, "unknown_model")
 
 
+def test_the_log_says_whose_key_changed_what(
+    repository: Repository, keys: Keys, locked: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "service.management"):
+        for method, verb, body in (
+            ("PUT", "aliases/a", {"version": "1"}),
+            ("DELETE", "aliases/a", None),
+            ("POST", "unload", None),
+            ("POST", "load", None),
+        ):
+            path = f"/v2/repository/models/norm/{verb}"
+            assert ask(repository, method, path, body, keys.bearer("manage"), settings=locked).status_code == 200
+    assert [record.getMessage().rpartition(", as ")[2] for record in caplog.records] == ["the key 'manage' asked"] * 4
+    assert keys.secrets["manage"] not in caplog.text
+
+
 def test_what_another_server_calls_the_root_opens_nothing(repository: Repository) -> None:
     """What is checked is what is routed."""
     answers: list[Any] = []

@@ -111,6 +111,32 @@ def test_a_flag_beats_the_environment_beats_the_default(monkeypatch: pytest.Monk
     assert Settings(port=9002).port == 9002
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("KEYSFILE", "KEYS_FILE"), ("API_KEYS_FILE", "KEYS_FILE"), ("KEYS", "KEYS_FILE"), ("worker", "WORKERS")],
+)
+def test_a_variable_that_is_nearly_a_setting_is_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, meant: str
+) -> None:
+    """A service whose operator thinks that it asks for keys does not start without them."""
+    monkeypatch.setenv(f"EVALMODE_{name}", "2")
+    assert run(["serve", "nowhere"]) == 2
+    assert f"EVALMODE_{name} is no setting, and EVALMODE_{meant} is one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EVALMODE_SERVICE_HOST", "EVALMODE_SERVICE_PORT_HTTP", "EVALMODE_PORT_8000_TCP_ADDR", "EVALMODE_", "WORKERS"],
+)
+def test_a_variable_that_others_make_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Kubernetes has some for a Service that is called evalmode."""
+    monkeypatch.setenv(name, "tcp://10.0.0.1:80")
+    assert run(["serve", "nowhere"]) == 2
+    assert "there is nothing at" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(has_gpu, reason="here onnxruntime can use a GPU")
 def test_cuda_without_a_gpu_is_an_error_that_says_what_is_missing() -> None:
     """Never a silent fall back to the CPU."""

@@ -116,6 +116,15 @@ def test_the_verb_shows_the_key_once_and_adds_a_line(tmp_path: Path, capsys: pyt
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_name_may_have_several_keys_and_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That is how a key is changed, and the old one is not to be forgotten."""
+    path = tmp_path / "keys.txt"
+    for name, said in (("shop", False), ("op", False), ("shop", True)):
+        run(name, "--file", str(path))
+        assert ("'shop' has 2 keys there now; delete the old line" in capsys.readouterr().out) == said
+    assert [key.name for key in read_keys(path)] == ["shop", "op", "shop"]
+
+
 def test_without_a_file_the_line_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("shop", "--rights", "predict,metrics")
     printed = capsys.readouterr().out
@@ -127,7 +136,7 @@ def test_without_a_file_the_line_is_printed(tmp_path: Path, capsys: pytest.Captu
 
 def test_keys_made_at_once_are_all_kept(tmp_path: Path) -> None:
     """Several operators, or a script that runs twice."""
-    path = tmp_path / "made" / "keys.txt"
+    path = tmp_path / "keys.txt"
     program = "import pathlib, sys; from service.key_verb import key; key(sys.argv[1], file=pathlib.Path(sys.argv[2]))"
     makers = [subprocess.Popen([sys.executable, "-c", program, f"key{i}", path], stdout=DEVNULL) for i in range(6)]
     assert [maker.wait(50) for maker in makers] == [0] * 6
@@ -196,6 +205,7 @@ def test_a_file_of_the_same_size_and_time_is_another(tmp_path: Path) -> None:
         (["shop", "--rights", ""], "there is no right ''"),
         (["my shop"], "'my shop' cannot name a key"),
         (["shop", "--file", "{wrong}"], "line 1 of the keys file"),
+        (["shop", "--file", "{wrong}s/keys.txt"], "there is no folder '"),
     ],
 )
 def test_a_wrong_call_makes_no_key(

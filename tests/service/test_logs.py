@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 from service.access_log import AccessLog, AccessLogChoice
 from service.counts import Counts
 from service.headers import Headers
-from service.logs import JsonLines, Writer
+from service.logs import SELDOM_S, JsonLines, Seldom, Writer
 from service.repository import Repository
 from service.settings import Settings
 from service.watch import Ended, Watch
@@ -86,6 +87,24 @@ def test_what_is_logged_is_written(pipe: tuple[int, int]) -> None:
     writer.emit(record("two"))
     writer.flush()
     assert os.read(pipe[0], 100) == b"one\ntwo\n"
+
+
+def test_what_a_library_says_again_and_again_is_said_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By place, so that another trouble is not lost; what the service says is always said."""
+    now_s = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    seldom = Seldom("opentelemetry")
+
+    def is_said(logger: str, line: int) -> bool:
+        return bool(seldom.filter(logging.LogRecord(logger, logging.ERROR, "export.py", line, "refused", None, None)))
+
+    exporter = "opentelemetry.exporter.otlp"
+    assert [is_said(exporter, 1), is_said(exporter, 1), is_said(exporter, 2)] == [True, False, True]
+    assert [is_said("service.tracing", 1), is_said("service.tracing", 1)] == [True, True]
+    now_s += SELDOM_S - 1
+    assert not is_said(exporter, 1)
+    now_s += 2
+    assert [is_said(exporter, 1), is_said(exporter, 1)] == [True, False]
 
 
 def test_a_destination_that_is_closed_costs_lines_and_nothing_else(pipe: tuple[int, int]) -> None:

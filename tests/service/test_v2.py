@@ -1049,6 +1049,20 @@ def test_load_and_unload(fresh: Repository, body: bytes, headers: dict[str, str]
     assert infer(fresh, "norm", request()).status_code == 200
 
 
+def test_to_unload_twice_is_no_fault(fresh: Repository, tmp_path: Path) -> None:
+    """Nor is it to unload what was refused; that stays away until somebody asks for it, whatever comes."""
+    for _ in range(2):
+        assert ask(fresh, "POST", "/v2/repository/models/norm/unload").status_code == 200
+    save(tmp_path, "sick", graphs.batchnorm_model(training=True))
+    assert ask(fresh, "POST", "/v2/repository/models/sick/load").status_code == 400
+    assert ask(fresh, "POST", "/v2/repository/models/sick/unload").status_code == 200
+    assert [entry.reason for entry in fresh.entries if entry.name == "sick"] == ["unloaded by request"]
+    save(tmp_path, "sick", graphs.batchnorm_model(), version="2")
+    assert {entry.reason for entry in fresh.admit("sick", {"2"})} == {"unloaded by request"}
+    assert ask(fresh, "POST", "/v2/repository/models/sick/load").status_code == 200
+    assert fresh.live("sick").version == "2"
+
+
 def test_what_is_loaded_is_the_newest_version(fresh: Repository, tmp_path: Path) -> None:
     old = infer(fresh, "norm", request()).json()
     save(tmp_path, "norm", graphs.batchnorm_model(mean=graphs.MEAN + 1), version="2")
