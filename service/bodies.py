@@ -10,7 +10,7 @@ Rule 3: a body that is whole when it is first looked at is not counted: it is ha
 Rule 4: two bodies of the largest size have room, whatever the limit: a packed one beside what it unpacks to. So nobody
         who keeps to the limit of one body is told for ever to come again.
 Rule 5: an answer that is there is counted, room or not: it was computed, and is given. While there is no room, nothing
-        more is computed. Who takes room and reads little of it is let go of then (connection.py).
+        more is computed. Who takes room and reads little of it is let go of then (unread.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from __future__ import annotations
 from typing import NoReturn, final
 
 from service.errors import ServerFull
+
+RATE_BYTES_S = 16 * 1024
+"""At which they have to come, and to be read, beyond the time that each has."""
 
 
 @final

@@ -22,8 +22,7 @@ Rule 6: nobody holds a connection for nothing. The server looks now and then (`c
     the client's       a request has begun and is not here yet         BEGIN_S and by its size, then 408
     ours               a request is here and not answered              it is answered, or its own deadline has come
     the client's       it was refused by its head, and still sends        LINGER_S and LINGER_BYTES, then it is cut
-    the client's       something is written that it does not read      UNREAD_S and by what it reads, then it is cut;
-                                                                       CROWDED_UNREAD_S while others need the room
+    the client's       something is written that it does not read      as unread.py says, then it is cut
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ import asyncio
 import functools
 import math
 import re
-import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Any, cast, final
@@ -44,31 +42,20 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service.asgi import GONE, METHODS, Application
-from service.bodies import Held
+from service.bodies import RATE_BYTES_S, Held
 from service.errors import BadRequest, HeadersTooLarge, NotReady, RequestError, RequestTooSlow, ServerFull
 from service.exchange import Exchange
 from service.headers import Headers, declared_bytes, headers_by_name, names_one_host, request_id
 from service.large_body import LargeBody
 from service.prediction import Route, Said, code_of, refusal, route_of
+from service.unread import Unread
 
 KEEP_ALIVE_S = 75.0
 """How long a connection may be idle: longer than the minute after which most proxies close it on their side, so that
 they do not send a request into a connection that is being closed here."""
 
 BEGIN_S = 30.0
-RATE_BYTES_S = 16 * 1024
-"""A request has to be here after `BEGIN_S`, and a second more for each so many bytes of its body."""
-
-UNREAD_S = 30.0
-"""What is written may wait so long to be read, and a second more for each `RATE_BYTES_S` of it that were read, never
-longer than this at once."""
-
-CROWDED_UNREAD_S = 5.0
-CROWDED_BYTES_S = 64 * 1024
-"""While others are turned away for want of memory, whoever has read less in a second, for so long, is cut."""
-
-_RESUMED_BYTES = 48 * 1024
-"""What was read at least when writing goes on: from the high mark of a transport to the low one."""
+"""A request has to be here after `BEGIN_S`, and a second more for each `RATE_BYTES_S` of its body."""
 
 LINGER_S = 2.0
 LINGER_BYTES = 1024 * 1024
@@ -169,19 +156,12 @@ class Connection(HttpToolsProtocol):
         """What came since the last part of a body: of a head, or of what may follow a body in chunks."""
         self._held = Held(app.bodies)
         """Of bodies, what is here and waits: for the rest, or for its turn."""
-        self._unread = Held(app.bodies)
-        """Of answers, what is written and waits to be read."""
-        self._slow_since_s = math.inf
-        """Since then somebody reads it, and slowly."""
+        self._unread = Unread(app.bodies, self.loop.time())
         self._unparsed = _NOTHING
         """What is here and is parsed when those before it are answered."""
         self._parsing = False
         self._lingering_bytes: int | None = None
         """What may still come after the last answer; None before it."""
-        self._unsent_bytes = 0
-        """When it was last looked."""
-        self._read_until_s = self.loop.time() + UNREAD_S
-        """Of what is written, more has to be read until then."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -483,7 +463,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._forget_bodies()
-        self._count_unread(0)
+        self._unread.forget()
         for cycle in self._owed:  # uvicorn tells the last that came, and that may not be the one that is computed
             cycle.disconnected = True
             cycle.message_event.set()
@@ -551,42 +531,20 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing() and not self.transport.get_write_buffer_size():
             return
         now_s, unsent_bytes = self.loop.time(), self.transport.get_write_buffer_size()
-        if not unsent_bytes:
-            self._read_until_s = now_s + UNREAD_S
-        read_bytes = max(0, self._unsent_bytes - unsent_bytes)
-        self._has_read(read_bytes)
-        self._unsent_bytes = unsent_bytes
-        if not self.flow.write_paused:
-            self._count_unread(unsent_bytes)
-        if read_bytes > CROWDED_BYTES_S:
-            self._slow_since_s = now_s
-        if unsent_bytes:
-            crowds = self._application.bodies.turned_away and now_s > self._slow_since_s + CROWDED_UNREAD_S
-            if crowds or now_s > self._read_until_s:
-                self.transport.abort()
-        elif now_s > self._deadline_s:
+        if self._unread.is_late(unsent_bytes, now_s, paused=self.flow.write_paused):
+            self.transport.abort()
+        elif not unsent_bytes and now_s > self._deadline_s:
             if self._reading and (self._owed or not self._head_read):  # else it was answered before it was here
                 self._refuse(RequestTooSlow())
             self.transport.close()
 
-    def _has_read(self, count_bytes: int) -> None:
-        until_s = self._read_until_s + count_bytes / RATE_BYTES_S
-        self._read_until_s = min(until_s, self.loop.time() + UNREAD_S)
-
     def pause_writing(self) -> None:
-        """With what the system has of it, which is kept here too until the rest is sent."""
-        sending_bytes = self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        self._count_unread(self.transport.get_write_buffer_size() + sending_bytes)
+        self._unread.pause(self.transport, self.loop.time())
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        self._has_read(_RESUMED_BYTES)
-        self._count_unread(0)
+        self._unread.resume(self.loop.time())
         super().resume_writing()
-
-    def _count_unread(self, count_bytes: int) -> None:
-        self._unread.hold_anyhow(count_bytes)
-        self._slow_since_s = min(self._slow_since_s, self.loop.time()) if count_bytes else math.inf
 
     def give_up(self) -> None:
         """The process ends now: whoever is owed an answer is told that it does not come."""

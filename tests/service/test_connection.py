@@ -28,19 +28,16 @@ from onnx import TensorProto, helper
 from service import exchange, http_server
 from service.app import create_app
 from service.asgi import Application
+from service.bodies import RATE_BYTES_S
 from service.busy_polling import BusyPolling
 from service.coalescing import Coalescer
 from service.connection import (
     BEGIN_S,
-    CROWDED_BYTES_S,
-    CROWDED_UNREAD_S,
     KEEP_ALIVE_S,
     LAST_REQUEST_S,
     LINGER_BYTES,
     LINGER_S,
     PART_BYTES,
-    RATE_BYTES_S,
-    UNREAD_S,
     Connection,
 )
 from service.large_body import LARGE_BODY_BYTES, place_for
@@ -48,6 +45,7 @@ from service.protocol import v2
 from service.repository import Entry, Repository, load
 from service.runtime import Runtime, place
 from service.settings import Settings
+from service.unread import CROWDED_BYTES_S, CROWDED_S, UNREAD_S
 from tests import graphs
 from tests.asking import JSON_LENGTH, binary_message, save
 from tests.bundles import SAMPLE, write_table_bundle
@@ -1086,7 +1084,7 @@ def test_answers_that_nobody_reads_take_so_much_and_no_more(repository: Reposito
 def test_who_does_not_read_leaves_when_others_need_the_room(repository: Repository, loop: Loop) -> None:
     """And not when nobody came; who reads, stays."""
     with crowded(repository, loop, WIDE.declared()) as (served, clients):
-        served.pass_s(CROWDED_UNREAD_S + 1)
+        served.pass_s(CROWDED_S + 1)
         assert served.connections == len(clients)
         reads, taken_bytes = clients[0], 0
         while taken_bytes < 2 * CROWDED_BYTES_S:
