@@ -60,8 +60,10 @@ def create_app(repository: Repository, settings: Settings, crew: Crew | None = N
     limit_bytes = settings.body_limit_bytes
     most_bytes = held_at_most(settings.max_reading_bytes, processes=settings.workers)
     bodies = Bodies(max_bytes=most_bytes, body_limit_bytes=limit_bytes)
-    predictions = Predictions(repository, timeout_s=settings.timeout_s or None, watch=watch, bodies=bodies)
-    return Application(predictions, readiness, access, bodies, body_limit_bytes=limit_bytes, rest=rest)
+    answers = Bodies(max_bytes=most_bytes, body_limit_bytes=limit_bytes, called="answers")
+    timeout_s = settings.timeout_s or None
+    predictions = Predictions(repository, timeout_s=timeout_s, watch=watch, bodies=bodies, answers=answers)
+    return Application(predictions, readiness, access, bodies, answers, body_limit_bytes=limit_bytes, rest=rest)
 
 
 def _watchers(settings: Settings, counts: Counts) -> list[Watcher]:

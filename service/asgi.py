@@ -65,6 +65,7 @@ class Application:
         readiness: Readiness,
         access: Access,
         bodies: Bodies,
+        answers: Bodies,
         *,
         body_limit_bytes: int,
         rest: Asgi,
@@ -73,6 +74,7 @@ class Application:
         self.readiness = readiness
         self.access = access
         self.bodies = bodies
+        self.answers = answers
         self.polling = BusyPolling()
         self.body_limit_bytes = body_limit_bytes
         self._rest = rest
@@ -97,7 +99,11 @@ class Application:
         if route is None:
             await self._elsewhere(scope, headers, receive, send)
         else:
-            await _send(send, *await self._answer(scope, headers, route, receive))
+            room = Held(self.answers)
+            try:
+                await _send(send, *await self._answer(scope, headers, route, receive, room))
+            finally:
+                room.hold_anyhow(0)
 
     async def _elsewhere(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         """What is no prediction."""
@@ -144,14 +150,19 @@ class Application:
                 )
             )
 
-    async def _answer(self, scope: Scope, headers: Headers, route: Route, receive: Receive) -> tuple[int, Said, bytes]:
+    async def _answer(
+        self, scope: Scope, headers: Headers, route: Route, receive: Receive, room: Held
+    ) -> tuple[int, Said, bytes]:
+        """
+        Args:
+            room: of the answer, which may wait for the one before.
+        """
         began_ns = perf_counter_ns()
         held = Held(self.bodies)
         try:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(f"{scope['path']} takes POST, not {scope['method']}")
             check_content_type(headers, binary=route.binary)
-            self.bodies.check()
             body = await self._body(receive, headers, held)
         except Exception as error:
             given = request_id(headers)
@@ -166,6 +177,7 @@ class Application:
 
         def reply(status: int, said: Said, content: bytes) -> None:
             if not answered.done():  # the server gave up on this request
+                room.hold_anyhow(len(content))
                 answered.set_result((status, said, content))
 
         left = scope.get("extensions", {}).get(GONE, _UNKNOWN)[GONE]

@@ -9,8 +9,9 @@ Rule 2: whoever holds a part of a body says how many bytes it holds now; and non
 Rule 3: a body that is whole when it is first looked at is not counted: it is handed over before anybody else is read.
 Rule 4: two bodies of the largest size have room, whatever the limit: a packed one beside what it unpacks to. So nobody
         who keeps to the limit of one body is told for ever to come again.
-Rule 5: an answer that is there is counted, room or not: it was computed, and is given. While there is no room, nothing
-        more is computed. Who takes room and reads little of it is let go of then (unread.py).
+Rule 5: requests and answers have room of their own, or requests that fill it would wait for answers that find none.
+Rule 6: a large answer has room before it is computed, or it is not. One that is there is given, whatever it takes. Who
+        takes room and reads little is let go of while others need it (unread.py).
 """
 
 from __future__ import annotations
@@ -25,28 +26,16 @@ RATE_BYTES_S = 16 * 1024
 
 @final
 class Bodies:
-    """All that are on their way in this process. Belongs to one event loop."""
+    """All requests that are being read in this process, or all answers that are not read. Belongs to one event loop."""
 
-    __slots__ = ("held_bytes", "max_bytes", "turned_away")
+    __slots__ = ("_called", "held_bytes", "max_bytes", "turned_away")
 
-    def __init__(self, *, max_bytes: int, body_limit_bytes: int) -> None:
+    def __init__(self, *, max_bytes: int, body_limit_bytes: int, called: str = "requests") -> None:
+        self._called = called
         self.max_bytes = max(max_bytes, 2 * body_limit_bytes)
         self.held_bytes = 0
         self.turned_away = False
         """Somebody was, for want of room, since it was last looked after who takes it."""
-
-    @property
-    def full(self) -> bool:
-        """There is more than there is room for, so answers are among it; requests alone do not become so much."""
-        return self.held_bytes > self.max_bytes
-
-    def check(self) -> None:
-        """
-        Raises:
-            ServerFull: it is full.
-        """
-        if self.full:
-            self.turn_away()
 
     def turn_away(self) -> NoReturn:
         """
@@ -54,7 +43,7 @@ class Bodies:
             ServerFull: always.
         """
         self.turned_away = True
-        raise ServerFull(held_bytes=self.held_bytes)
+        raise ServerFull(called=self._called, held_bytes=self.held_bytes, max_bytes=self.max_bytes)
 
 
 @final
@@ -78,6 +67,17 @@ class Held:
         if more_bytes > 0 and bodies.held_bytes + more_bytes > bodies.max_bytes:
             bodies.turn_away()
         self.hold_anyhow(count_bytes)
+
+    def enter(self, count_bytes: int) -> None:
+        """So many bytes from now on, and any number where nobody else holds some.
+
+        Raises:
+            ServerFull: there is no room for them.
+        """
+        if self._bodies.held_bytes > self.count_bytes:
+            self.hold(count_bytes)
+        else:
+            self.hold_anyhow(count_bytes)
 
     def hold_anyhow(self, count_bytes: int) -> None:
         """So many bytes from now on, whether there is room or not."""

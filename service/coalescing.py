@@ -61,6 +61,7 @@ class Computed:
 
     __slots__ = (
         "accepted",
+        "begin",
         "bytes",
         "compute_ns",
         "counted",
@@ -81,8 +82,10 @@ class Computed:
         expires_ns: int | None,
         gone: Callable[[], bool] | None,
         counted: bool = True,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         self.accepted = accepted
+        self.begin = begin
         self.counted = counted
         """It is in the statistics."""
         self.bytes = 0
@@ -195,6 +198,7 @@ class Coalescer:
         expires_ns: int | None = None,
         gone: Callable[[], bool] | None = None,
         counted: bool = True,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         """Run these rows, and tell what came of them: what the model gave, or what it raised, or `ClientLeft`, or
         `DeadlineExceeded`.
@@ -205,13 +209,14 @@ class Coalescer:
             expires_ns: on the clock of `perf_counter_ns`; after it nobody wants the answer.
             gone: says that the client has left.
             counted: False where nobody asked, so that no statistics know of it.
+            begin: is called before it is computed. What it raises is told, and nothing is computed.
 
         Raises:
             QueueFull: it would wait too long, or take too much of the memory that waiting may take.
         """
-        request = Computed(accepted, tell, expires_ns, gone, counted)
+        request = Computed(accepted, tell, expires_ns, gone, counted, begin)
         if alone and not self._busy and accepted.rows <= self._inline_rows:
-            if _wanted(request, request.since_ns):
+            if _wanted(request, request.since_ns) and _begins(request):
                 self._run_inline([request])
             return
         request.bytes = sum([tensor.nbytes for tensor in accepted.tensors])
@@ -365,7 +370,7 @@ class Coalescer:
             taken = [self._waiting.popleft() for _ in range(count)]
             for request in taken:
                 self._leave(request)
-            if batch := [request for request in taken if _wanted(request, now_ns)]:
+            if batch := [request for request in taken if _wanted(request, now_ns) and _begins(request)]:
                 return batch
         return []
 
@@ -440,7 +445,8 @@ class _Slices:
         whole, start = self._whole, self._done_rows
         end = min(start + self._rows, whole.accepted.rows)
         rows = Accepted(tuple([tensor[start:end] for tensor in whole.accepted.tensors]), end - start)
-        request = Computed(rows, self._tell, whole.expires_ns, whole.gone, whole.counted)
+        begin, whole.begin = whole.begin, None
+        request = Computed(rows, self._tell, whole.expires_ns, whole.gone, whole.counted, begin)
         request.bytes = whole.bytes
         request.further = start > 0
         return request
@@ -501,6 +507,18 @@ def _wanted(request: Computed, now_ns: int, *, runs: bool = False) -> bool:
         return True
     _answer([request])
     return False
+
+
+def _begins(request: Computed) -> bool:
+    """Nothing keeps it from being computed; who is kept is told why."""
+    if request.begin is not None:
+        try:
+            request.begin()
+        except Exception as error:
+            request.error = error
+            _answer([request])
+            return False
+    return True
 
 
 def _stacked(batch: Sequence[Computed]) -> Sequence[NDArray[Any]]:

@@ -156,7 +156,10 @@ class Connection(HttpToolsProtocol):
         """What came since the last part of a body: of a head, or of what may follow a body in chunks."""
         self._held = Held(app.bodies)
         """Of bodies, what is here and waits: for the rest, or for its turn."""
-        self._unread = Unread(app.bodies, self.loop.time())
+        self._carrier: asyncio.Transport | None = None
+        """What carries the transport, if that is TLS."""
+        self._hurries = False
+        """The process ends."""
         self._unparsed = _NOTHING
         """What is here and is parsed when those before it are answered."""
         self._parsing = False
@@ -165,7 +168,13 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._unread = Unread(self._application.answers, transport, self._carrier, self.loop.time())
         self.flow = Flow(transport, lambda: bool(self.pipeline or self._unparsed))
+
+    def connection_made_over(self, carrier: asyncio.Transport, transport: asyncio.Transport) -> None:
+        """As `connection_made`, where TLS is spoken."""
+        self._carrier = carrier
+        self.connection_made(transport)
 
     # what is read
 
@@ -174,6 +183,8 @@ class Connection(HttpToolsProtocol):
             self._pass_over(len(data))
             return
         self._first = True
+        if self._carrier is not None:
+            self._unread.count(self.loop.time())  # TLS does not say when the answer before was read
         self._application.polling.received()
         if len(data) <= PART_BYTES and not self._unparsed:
             self._parse(data)
@@ -405,7 +416,6 @@ class Connection(HttpToolsProtocol):
             or (route := _route_of_url(self.url)) is None
             or self._owed
             or self.flow.write_paused
-            or self._application.bodies.full
             or self.parser.get_http_version() != "1.1"
         ):
             return None
@@ -444,6 +454,7 @@ class Connection(HttpToolsProtocol):
             self.transport.write(b"".join(lines))
         else:
             self.transport.writelines([b"".join(lines), content])
+            self._unread.count(self.loop.time())
 
     def on_response_complete(self) -> None:
         """Go on with what came meanwhile, else wait for what comes next. Called for answers of either way."""
@@ -523,23 +534,25 @@ class Connection(HttpToolsProtocol):
     @property
     def idle_until_s(self) -> float:
         """When it is let go of if nothing comes; infinite if something has begun."""
-        idle = not (self._reading or self._owed or self._ended or self.transport.get_write_buffer_size())
+        idle = not (self._reading or self._owed or self._ended or self._unread.unsent_bytes)
         return self._deadline_s if idle else math.inf
 
-    def close_if_late(self) -> None:
-        """Let go of a client that has not kept its deadline."""
-        if self.transport.is_closing() and not self.transport.get_write_buffer_size():
-            return
-        now_s, unsent_bytes = self.loop.time(), self.transport.get_write_buffer_size()
-        if self._unread.is_late(unsent_bytes, now_s, paused=self.flow.write_paused):
+    def close_if_late(self) -> bool:
+        """Let go of a client that has not kept its deadline; whether it lost an answer that it did not read."""
+        now_s, unsent_bytes = self.loop.time(), self._unread.unsent_bytes
+        if self.transport.is_closing() and not unsent_bytes:
+            return False
+        if self._unread.is_late(now_s, hurry=self._application.answers.turned_away or self._hurries):
             self.transport.abort()
-        elif not unsent_bytes and now_s > self._deadline_s:
+            return True
+        if not unsent_bytes and now_s > self._deadline_s:
             if self._reading and (self._owed or not self._head_read):  # else it was answered before it was here
                 self._refuse(RequestTooSlow())
             self.transport.close()
+        return False
 
     def pause_writing(self) -> None:
-        self._unread.pause(self.transport, self.loop.time())
+        self._unread.count(self.loop.time())
         super().pause_writing()
 
     def resume_writing(self) -> None:
@@ -559,6 +572,7 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close after what is owed; a request that has begun, and a first one, may still arrive."""
+        self._hurries = True
         if self._ended:
             return
         if self._owed:

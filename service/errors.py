@@ -393,15 +393,19 @@ class QueueFull(RequestError):
 
 
 class ServerFull(RequestError):
-    """Other requests that are being read, or answers that are not, leave no room; the connection is closed."""
+    """Bodies of others on their way leave no room, with answers that are not read among them.
+
+    The connection is closed if its own body was being read.
+    """
 
     status = 429
     code = "server_full"
     retry_after_s = 1
 
-    def __init__(self, *, held_bytes: int) -> None:
+    def __init__(self, *, called: str, held_bytes: int, max_bytes: int) -> None:
         super().__init__(
-            f"{held_bytes} bytes of other requests and answers are on their way; try again in {self.retry_after_s} s"
+            f"{held_bytes} bytes of other {called} are on their way, of {max_bytes} that may be (the setting "
+            f"'max_reading_bytes'); try again in {self.retry_after_s} s"
         )
 
 

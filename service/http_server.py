@@ -37,10 +37,11 @@ import uvicorn
 from service import logs
 from service.asgi import Application
 from service.connection import Connection
+from service.handshake import speak_tls
 from service.listening import let_nobody_in
 from service.memory import give_back
 from service.threads import wait_for_threads
-from service.tls import GOODBYE_LIMIT_S, HANDSHAKE_LIMIT_S, Tls
+from service.tls import Tls
 
 TICK_S = 1.0
 """How often the date header and late clients are looked after; uvicorn's own tenth of a second keeps an idle process
@@ -132,6 +133,8 @@ class Server(uvicorn.Server):
         self._terminated = self._interrupted = False
         """By a signal; known from the moment that it came, and not when the loop has time for it."""
         self._tls = tls
+        self._cut = 0
+        """Connections whose clients did not read."""
         self._connecting: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._threads = ThreadPoolExecutor(thread_name_prefix="thread")
@@ -189,9 +192,11 @@ class Server(uvicorn.Server):
                     _log.exception("what is looked after once a second failed; it is tried again, and not said again")
 
     def _let_late_go(self) -> None:
-        for connection in self._connections:
-            connection.close_if_late()
-        self._app.bodies.turned_away = False
+        cut = sum([connection.close_if_late() for connection in self._connections])
+        self._app.answers.turned_away = False
+        if cut:
+            self._cut += cut
+            _log.warning("%d connections were cut: their clients did not read what was answered", cut)
 
     def _read_again(self) -> None:
         if self._tls is not None:
@@ -221,11 +226,12 @@ class Server(uvicorn.Server):
         await asyncio.sleep(DRAIN_TICK_S)  # what has arrived is read before its connection is taken for an idle one
         for connection in self._connections:
             connection.shutdown()
-        end_s = loop.time() + DRAIN_LIMIT_S
+        end_s, cut_before = loop.time() + DRAIN_LIMIT_S, self._cut
         while self.server_state.connections and not self.force_exit and loop.time() < end_s:
             await asyncio.sleep(DRAIN_TICK_S)
             self._look_after()
-        _log.info("%s", f"{left} connections are cut" if (left := len(self._connections)) else "all were answered")
+        left, who = len(self._connections), "all who read" if self._cut > cut_before else "all"
+        _log.info("%s", f"{left} connections are cut" if left else f"{who} were answered")
         for connection in self._connections:
             connection.give_up()
         await asyncio.sleep(DRAIN_TICK_S)
@@ -294,13 +300,7 @@ class Server(uvicorn.Server):
             await loop.connect_accepted_socket(self._connection, taken)
             return
         try:
-            await loop.connect_accepted_socket(
-                self._connection,
-                taken,
-                ssl=self._tls.context,
-                ssl_handshake_timeout=HANDSHAKE_LIMIT_S,
-                ssl_shutdown_timeout=GOODBYE_LIMIT_S,
-            )
+            await speak_tls(taken, self._tls.context, self._connection)
         except OSError as error:  # it does not speak TLS, or not as we do, or it left
             _log.debug("a TLS handshake failed: %s", error)
 

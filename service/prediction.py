@@ -57,6 +57,9 @@ _OCTET_STREAM_TYPE = (b"content-type", OCTET_STREAM)
 _PREDICT = re.compile(r"/predict|/models/(?P<model>[^/]+)/predict")
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
+COUNTED_BYTES = 64 * 1024
+"""Of an answer that takes room; of a smaller one, the connection counts what is not read of it."""
+
 LARGE_BYTES = 2**20
 """JSON of this size, or an answer of so many bytes of tensors, takes some ten milliseconds to read or write, in which
 nobody else would be answered: it has a thread."""
@@ -109,13 +112,16 @@ class Predictions:
         timeout_s: float | None,
         watch: Watch | None = None,
         bodies: Bodies | None = None,
+        answers: Bodies | None = None,
     ) -> None:
         """
         Args:
             timeout_s: how long a caller waits who does not say; None: as long as it takes.
             bodies: where those count that wait to be parsed; by default as many as there are.
+            answers: where those count that are computed and not written; likewise.
         """
         self._bodies = Bodies(max_bytes=sys.maxsize, body_limit_bytes=0) if bodies is None else bodies
+        self._answers = Bodies(max_bytes=sys.maxsize, body_limit_bytes=0) if answers is None else answers
         self._thread = own_thread("json")
         """For what is large; one, so that the event loop has never more than one beside it."""
         self.watch = watch or Watch(repository.counts)
@@ -172,12 +178,17 @@ class Predictions:
     ) -> None:
         prediction.request = request
         timeout_s = self._timeout_s if request.timeout_s is None else request.timeout_s
+        begin = None
+        if (answer_bytes := live.answer_row_bytes * request.accepted.rows) >= COUNTED_BYTES:
+            prediction.room = room = Held(self._answers)
+            begin = lambda: room.enter(answer_bytes)  # noqa: E731
         live.coalescer.submit(
             request.accepted,
             prediction.answer,
             alone=alone,
             expires_ns=None if timeout_s is None else prediction.since_ns + int(timeout_s * 1e9),
             gone=gone,
+            begin=begin,
         )
 
 
@@ -191,7 +202,19 @@ def _takes_long(live: Live, body: Body, json_bytes: int | None) -> bool:
 class _Prediction:
     """One of them, from its request to its answer."""
 
-    __slots__ = ("client", "headers", "live", "replied", "reply", "request", "route", "since_ns", "thread", "watch")
+    __slots__ = (
+        "client",
+        "headers",
+        "live",
+        "replied",
+        "reply",
+        "request",
+        "room",
+        "route",
+        "since_ns",
+        "thread",
+        "watch",
+    )
 
     request: Request
 
@@ -207,6 +230,8 @@ class _Prediction:
         self.thread = thread
         """For what is large."""
         self.live: Live | None = None
+        self.room: Held | None = None
+        """The room of its answer, if that is large."""
         self.since_ns = perf_counter_ns()
         """When its last byte was read."""
 
@@ -215,7 +240,10 @@ class _Prediction:
         try:
             if computed.error is not None:
                 raise computed.error
-            if sum([output.nbytes for output in computed.outputs]) >= LARGE_BYTES:
+            answer_bytes = sum([output.nbytes for output in computed.outputs])
+            if self.room is not None:
+                self.room.hold_anyhow(answer_bytes)
+            if answer_bytes >= LARGE_BYTES:
                 self.do_in_thread(
                     lambda: self.request.render(computed.outputs), lambda answer: self._answer(answer, computed)
                 )
@@ -267,6 +295,7 @@ class _Prediction:
         said.append((REQUEST_ID, given))
         self.replied = True
         self.reply(200, said, content)
+        self._leave_room()
         self.live.statistics.answered(took_ns, computed.queue_ns, self.route.pattern)
         if self.watch.hearing:
             for watcher in self.watch.wanting_answer(self.headers):
@@ -284,10 +313,15 @@ class _Prediction:
         status, said, content = refusal(error, given)
         self.replied = True
         self.reply(status, said, content)
+        self._leave_room()
         try:
             self._count_refused(error, status, given, took_ns)
         except Exception:  # the refusal was given; nobody is helped if this fails too
             _log.exception("a refusal could not be counted")
+
+    def _leave_room(self) -> None:
+        if self.room is not None:
+            self.room.hold_anyhow(0)
 
     def _count_refused(self, error: BaseException, status: int, given: bytes, took_ns: int) -> None:
         if self.live is not None:

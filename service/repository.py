@@ -73,6 +73,8 @@ class Live:
     coalescer: Coalescer
     canary: Canary
     statistics: Statistics
+    answer_row_bytes: int
+    """Of an answer's tensors, by row, as they were for the samples that it was admitted with."""
     reader: SampleReader | None
     """None when the model takes tensors only."""
 
@@ -612,6 +614,7 @@ def _load(
     statistics = Statistics()
     rows, run_s = min(batching.run_s.items())
     sample = admitted.sample(rows)
+    answer_bytes = sum([output.nbytes for output in admitted.runtime.run(sample.tensors)])
     coalescer = Coalescer(
         admitted.runtime,
         max_rows=batching.max_rows,
@@ -632,6 +635,7 @@ def _load(
         coalescer=coalescer,
         canary=Canary(coalescer, sample, run_s=run_s),
         statistics=statistics,
+        answer_row_bytes=answer_bytes // rows,
         reader=SampleReader(admitted.signature) if admitted.signature.features is not None else None,
     )
     return Entry(name=found.name, version=found.version, state="READY", live=live)

@@ -70,8 +70,8 @@ class Settings(BaseSettings):
     max_reading_bytes: int = Field(
         default=256 * 2**20,
         ge=1,
-        description="The most bytes of bodies being read, and of answers being read by their clients, or an eighth of "
-        "the memory; two bodies at least. More get 429.",
+        description="The most bytes of bodies being read, and as many of answers being read by their clients, or an "
+        "eighth of the memory; two bodies at least. More get 429.",
     )
     timeout_s: float = Field(
         default=30.0, ge=0, allow_inf_nan=False, description="How long a caller waits who does not say; 0 is no limit."

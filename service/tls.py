@@ -15,12 +15,6 @@ from service.errors import WrongCall
 from service.files import Watched
 from service.settings import Settings
 
-HANDSHAKE_LIMIT_S = 10.0
-"""Whoever connects and does not speak TLS in this time is let go of."""
-
-GOODBYE_LIMIT_S = 5.0
-"""A client that does not say that it has seen the end is not waited for longer."""
-
 _log = logging.getLogger(__name__)
 
 

@@ -198,7 +198,8 @@ def test_the_end_is_waited_for(manifest: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("manifest", environments())
 def test_what_may_wait_fits_beside_the_model(manifest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requested memory, the queue at its fullest, all that may be half read and one body stay under the limit."""
+    """Requested memory, the queue at its fullest, all that may be half read, as much of answers and one body stay under
+    the limit."""
     for name, value in environments()[manifest].items():
         monkeypatch.setenv(name, value)
     settings = Settings()
@@ -208,7 +209,7 @@ def test_what_may_wait_fits_beside_the_model(manifest: str, monkeypatch: pytest.
         resources = CONTAINERS[manifest]["resources"]
         requested, limit = (size_bytes(resources[kind]["memory"]) for kind in ("requests", "limits"))
     bodies = Bodies(max_bytes=settings.max_reading_bytes, body_limit_bytes=settings.body_limit_bytes)
-    waiting = settings.max_queue_bytes + bodies.max_bytes + settings.body_limit_bytes
+    waiting = settings.max_queue_bytes + 2 * bodies.max_bytes + settings.body_limit_bytes
     assert requested + settings.workers * waiting <= limit
 
 

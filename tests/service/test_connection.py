@@ -10,6 +10,7 @@ import logging
 import signal
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -45,7 +46,7 @@ from service.protocol import v2
 from service.repository import Entry, Repository, load
 from service.runtime import Runtime, place
 from service.settings import Settings
-from service.unread import CROWDED_BYTES_S, CROWDED_S, UNREAD_S
+from service.unread import HURRIED_BYTES_S, HURRIED_S, UNREAD_S
 from tests import graphs
 from tests.asking import JSON_LENGTH, binary_message, save
 from tests.bundles import SAMPLE, write_table_bundle
@@ -137,7 +138,9 @@ def fresh(served: Served, caplog: pytest.LogCaptureFixture) -> Iterator[Served]:
     served.by_asgi.clear()
     served.in_place_bytes = 0
     yield served
-    served.until(lambda: served.app.bodies.held_bytes == 0)  # whatever became of them
+    served.until(
+        lambda: served.app.bodies.held_bytes == 0 and served.app.answers.held_bytes == 0
+    )  # whatever became of them
     assert errors(caplog) == []
 
 
@@ -1050,53 +1053,105 @@ def crowded(repository: Repository, loop: Loop, content: bytes) -> Iterator[tupl
         serving(of_all(repository), loop=loop, send_buffer_bytes=32 * 1024) as served,
         ExitStack() as open_clients,
     ):
-        served.app.bodies.max_bytes = ROOM_BYTES
+        served.app.answers.max_bytes = ROOM_BYTES
         clients = []
-        while held_bytes(served) <= ROOM_BYTES:
+        while unread_bytes(served) + 4 * WIDTH <= ROOM_BYTES:
             clients.append(client := open_clients.enter_context(served.connect(receive_buffer_bytes=4096)))
-            before = held_bytes(served)
+            before = unread_bytes(served)
             client.send_apart(content)
-            served.until(lambda before=before: served.app.bodies.held_bytes > before)  # type: ignore[misc]
-        assert held_bytes(served) >= len(clients) * 4 * WIDTH  # also what the system has taken of it is still here
-        assert len(clients) == pytest.approx(ROOM_BYTES / (4 * WIDTH), abs=2)
+            served.until(lambda before=before: served.app.answers.held_bytes > before)  # type: ignore[misc]
+        # also what the system has taken of it is still here, and the beginning of it is with the client
+        assert unread_bytes(served) == pytest.approx(len(clients) * 4 * WIDTH, rel=0.05)
         yield served, clients
 
 
 @pytest.mark.parametrize("content", [WIDE.declared(), WIDE.chunked()], ids=["short", "asgi"])
 def test_answers_that_nobody_reads_take_so_much_and_no_more(repository: Repository, loop: Loop, content: bytes) -> None:
-    """Whoever comes then is told to come again; who has not read is answered all the same, and makes room."""
+    """Whoever asks for another large one is told to come again, before it is computed, and small ones are given; who
+    has not read is answered all the same, and makes room."""
     wanted = computed(repository, "wide", np.array([[3]], dtype=np.float32))
+    statistics = repository.live("wide").statistics
     with crowded(repository, loop, content) as (served, clients):
-        for one in (SMALL.declared(), SMALL.chunked()):
-            with served.connect() as small:
-                refused = small.ask(one)
-                assert is_refused(refused, 429, "server_full")
-                assert refused["retry-after"] == "1"
+        ran = statistics.document(name="wide", version="1")["execution_count"]
         with served.connect() as other:
-            assert other.ask(ALIVE).status == 200
+            refused = other.ask(content)
+            assert (refused.status, refused.said["code"]) == (429, "server_full")
+            assert refused["retry-after"] == "1"
+            assert f"of {ROOM_BYTES} that may be (the setting 'max_reading_bytes')" in refused.said["error"]
+            for one in (SMALL.declared(), SMALL.chunked(), ALIVE):
+                assert other.ask(one).status == 200
+        assert statistics.document(name="wide", version="1")["execution_count"] == ran
         for client in clients:
             assert blob(client.answer()) == wanted
-        assert held_bytes(served) == 0
-        with served.connect() as small:
-            assert small.ask(SMALL.declared()).status == 200
+        assert unread_bytes(served) == 0
+        with served.connect() as other:
+            assert blob(other.ask(content)) == wanted
 
 
-def test_who_does_not_read_leaves_when_others_need_the_room(repository: Repository, loop: Loop) -> None:
-    """And not when nobody came; who reads, stays."""
+@pytest.mark.parametrize("content", [WIDE.declared(), WIDE.chunked()], ids=["short", "asgi"])
+def test_however_many_ask_at_once(repository: Repository, loop: Loop, content: bytes) -> None:
+    """All are here before the first is computed."""
+    with (
+        serving(of_all(repository), loop=loop, send_buffer_bytes=32 * 1024) as served,
+        ExitStack() as open_clients,
+    ):
+        served.app.answers.max_bytes = ROOM_BYTES
+        clients = [open_clients.enter_context(served.connect(receive_buffer_bytes=4096)) for _ in range(40)]
+        for client in clients:
+            client.send(content)
+        begun = Counter(client.socket.recv(12) for client in clients)
+        fit = ROOM_BYTES // (4 * WIDTH)
+        assert begun == {b"HTTP/1.1 200": pytest.approx(fit, abs=1), b"HTTP/1.1 429": pytest.approx(40 - fit, abs=1)}
+        assert unread_bytes(served) < ROOM_BYTES + 4 * WIDTH
+
+
+def test_an_answer_larger_than_all_room_is_given_to_who_is_alone(repository: Repository, loop: Loop) -> None:
+    wanted = computed(repository, "wide", np.array([[3]], dtype=np.float32))
+    with serving(of_all(repository), loop=loop) as served, served.connect() as client:
+        served.app.answers.max_bytes = 1000
+        for _ in range(3):
+            assert blob(client.ask(WIDE.declared())) == wanted
+
+
+def test_what_waits_behind_an_answer_that_is_not_read_counts_too(narrow: Served) -> None:
+    with narrow.connect(receive_buffer_bytes=4096) as client:
+        client.send_apart(WIDE.declared())
+        narrow.until(lambda: narrow.app.answers.held_bytes > 3.8 * WIDTH)
+        client.send_apart(WIDE.declared())
+        narrow.until(lambda: narrow.app.answers.held_bytes > 7.6 * WIDTH)
+        assert [client.answer().status, client.answer().status] == [200, 200]
+
+
+def test_who_does_not_read_leaves_when_others_need_the_room(
+    repository: Repository, loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not when nobody came; who reads, stays. The log says so."""
     with crowded(repository, loop, WIDE.declared()) as (served, clients):
-        served.pass_s(CROWDED_S + 1)
+        served.pass_s(HURRIED_S + 1)
         assert served.connections == len(clients)
         reads, taken_bytes = clients[0], 0
-        while taken_bytes < 2 * CROWDED_BYTES_S:
+        while taken_bytes < 2 * HURRIED_BYTES_S:
             taken_bytes += len(reads.socket.recv(2**16))
-        with served.connect() as small:
-            assert is_refused(small.ask(SMALL.declared()), 429, "server_full")
-        served.until(lambda: not served.app.bodies.turned_away)  # it is not remembered for long
-        served.app.bodies.turned_away = True
-        served.pass_s(1)
-        served.until_connections(1)
-        with served.connect() as small:
-            assert small.ask(SMALL.declared()).status == 200
+        with served.connect() as other:
+            assert other.ask(WIDE.declared()).status == 429
+            served.until(lambda: not served.app.answers.turned_away)  # it is not remembered for long
+            served.app.answers.turned_away = True
+            served.pass_s(1)
+            served.until_connections(2)
+            assert other.ask(WIDE.declared()).status == 200
+
+
+def test_the_end_does_not_wait_long_for_who_does_not_read(
+    repository: Repository, loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO), crowded(repository, loop, WIDE.declared()) as (served, clients):
+        served.pass_s(0)
+        served.begin_shutdown()
+        served.until(lambda: all(connection._hurries for connection in served.server._connections))
+        served.clock.ahead_s += HURRIED_S + 1
+        served.until_connections(0)
+    assert f"{len(clients)} connections were cut: their clients did not read" in caplog.text
+    assert "all who read were answered" in caplog.text
 
 
 @pytest.mark.parametrize("ends", ["it is refused", "the client leaves"])
@@ -1373,6 +1428,10 @@ def test_who_asks_and_does_not_read_is_given_little(narrow: Served, repository: 
 
 def held_bytes(served: Served) -> int:
     return served.inside(lambda: served.app.bodies.held_bytes)
+
+
+def unread_bytes(served: Served) -> int:
+    return served.inside(lambda: served.app.answers.held_bytes)
 
 
 PACKED_IMAGE = Ask(IMAGE.path, gzip.compress(IMAGE.body, 1), [*IMAGE.headers, ("content-encoding", "gzip")])

@@ -18,7 +18,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from service import http_server
+from service import handshake, http_server
 from service.app import create_app
 from service.asgi import Application
 from service.errors import WrongCall
@@ -185,7 +185,7 @@ def test_a_handshake_that_stalls_is_let_go_of(
     app: Application, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others are served meanwhile, and the end of the service does not wait for it."""
-    monkeypatch.setattr(http_server, "HANDSHAKE_LIMIT_S", 0.3)
+    monkeypatch.setattr(handshake, "HANDSHAKE_LIMIT_S", 0.3)
     with served(app, tls=Tls(certificate.certificate, certificate.key)) as at:
         stalled = [at.connect() for _ in range(20)]
         for connection in stalled[:10]:
@@ -194,7 +194,7 @@ def test_a_handshake_that_stalls_is_let_go_of(
         for connection in stalled:
             assert connection.recv(1) == b""
             connection.close()
-    monkeypatch.setattr(http_server, "HANDSHAKE_LIMIT_S", 60)
+    monkeypatch.setattr(handshake, "HANDSHAKE_LIMIT_S", 60)
     with served(app, tls=Tls(certificate.certificate, certificate.key)) as at, at.connect() as stalled_to_the_end:
         assert answers(at, certificate)
         stalled_to_the_end.sendall(b"\x16")
