@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 import time
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ LogFormat = Literal["auto", "text", "json"]
 
 SELDOM = ("opentelemetry",)
 SELDOM_S = 60.0
+_NUMBER = re.compile(r"[\d.]+")
 
 STANDARD_ERROR = 2
 MOST_WAITING = 10_000
@@ -72,15 +74,17 @@ class Seldom(logging.Filter):
 
     def __init__(self, library: str) -> None:
         super().__init__(library)
-        self._next_s: dict[tuple[str, int], float] = {}
-        """By place in its sources."""
+        self._next_s: dict[str, float] = {}
+        """By message, whatever the numbers in it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        place = record.pathname, record.lineno
-        if super().filter(record):
-            if time.monotonic() < self._next_s.get(place, 0):
-                return False
-            self._next_s[place] = time.monotonic() + SELDOM_S
+        if not super().filter(record):
+            return True
+        said, now_s = _NUMBER.sub("", record.getMessage()), time.monotonic()
+        self._next_s = {other: next_s for other, next_s in self._next_s.items() if now_s < next_s}
+        if said in self._next_s:
+            return False
+        self._next_s[said] = now_s + SELDOM_S
         return True
 
 

@@ -198,7 +198,7 @@ def add(app: FastAPI, repository: Repository, crew: Crew, settings: Settings) ->
         try:
             await crew.load(model)
         except LoadRefused as refused:
-            _log.warning("%s; what was served goes on, and %s is told so", refused, _asker(request))
+            _log.warning("%s (%s asked)", refused, _asker(request))
             raise
         _log.info("model '%s' was looked at again, as %s asked", model, _asker(request))
         return Response()

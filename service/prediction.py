@@ -179,9 +179,9 @@ class Predictions:
         prediction.request = request
         timeout_s = self._timeout_s if request.timeout_s is None else request.timeout_s
         begin = None
-        if (answer_bytes := live.answer_row_bytes * request.accepted.rows) >= COUNTED_BYTES:
+        if (answer_bytes := live.answer_bytes(request.accepted)) >= COUNTED_BYTES:
             prediction.room = room = Held(self._answers)
-            begin = lambda: room.enter(answer_bytes)  # noqa: E731
+            begin = lambda: room.enter(int(answer_bytes))  # noqa: E731
         live.coalescer.submit(
             request.accepted,
             prediction.answer,

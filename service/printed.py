@@ -11,7 +11,7 @@ from service.openapi import infer_example
 from service.places import Found
 from service.protocol.v2 import BINARY_OUTPUTS, BINARY_SIZE
 from service.repository import Entry, Live, Repository
-from service.settings import Settings
+from service.settings import Settings, is_loopback
 from service.stdout import say
 
 
@@ -54,6 +54,8 @@ def announcement(repository: Repository, host: str, port: int, settings: Setting
     address = f"{'https' if settings.tls_certificate else 'http'}://{local}:{port}"
     several = f"\nworkers       {settings.workers}" if settings.workers > 1 else ""
     keys = "\nAPI keys      needed; 'evalmode key' makes one" if settings.keys_file else ""
+    if not settings.keys_file and not is_loopback(host):
+        keys = "\nAPI keys      none, so everybody who reaches the port may predict; see --keys-file"
     return f"""
 serving at    {address}
 API docs      {address}/docs{several}{keys}

@@ -45,10 +45,10 @@ from service.limits import GRACE_S, SHARE, bounded_memory, bounded_time, free_me
 from service.memory import give_back_soon
 from service.places import Found, Layout, Misplaced, find, layout_at, misplaced, version_order
 from service.policy import TORN, Rule, parse, settled
-from service.rehearsal import Batching, rehearse
+from service.rehearsal import Batching, is_open_ended, rehearse
 from service.runtime import Deadline, Placement
 from service.settings import Settings
-from service.signature import SampleReader
+from service.signature import Accepted, SampleReader
 from service.statistics import Statistics
 from service.trial import Trials, Tried
 
@@ -73,10 +73,19 @@ class Live:
     coalescer: Coalescer
     canary: Canary
     statistics: Statistics
-    answer_row_bytes: int
-    """Of an answer's tensors, by row, as they were for the samples that it was admitted with."""
+    answer_row_bytes: float
+    """Of an answer's tensors, by row, as they were for the samples that it was admitted with; 0 where a caller decides
+    how long a row is."""
+    answer_ratio: float
+    """The same by byte of what came."""
     reader: SampleReader | None
     """None when the model takes tensors only."""
+
+    def answer_bytes(self, accepted: Accepted) -> float:
+        """About so many will be in the tensors of the answer."""
+        if self.answer_row_bytes:
+            return self.answer_row_bytes * accepted.rows
+        return self.answer_ratio * sum([tensor.nbytes for tensor in accepted.tensors])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -615,6 +624,7 @@ def _load(
     rows, run_s = min(batching.run_s.items())
     sample = admitted.sample(rows)
     answer_bytes = sum([output.nbytes for output in admitted.runtime.run(sample.tensors)])
+    sample_bytes = max(1, sum([tensor.nbytes for tensor in sample.tensors]))
     coalescer = Coalescer(
         admitted.runtime,
         max_rows=batching.max_rows,
@@ -635,7 +645,8 @@ def _load(
         coalescer=coalescer,
         canary=Canary(coalescer, sample, run_s=run_s),
         statistics=statistics,
-        answer_row_bytes=answer_bytes // rows,
+        answer_row_bytes=0.0 if is_open_ended(admitted.runtime) else answer_bytes / rows,
+        answer_ratio=answer_bytes / sample_bytes,
         reader=SampleReader(admitted.signature) if admitted.signature.features is not None else None,
     )
     return Entry(name=found.name, version=found.version, state="READY", live=live)

@@ -6,6 +6,7 @@ A flag beats the environment, the environment beats the default.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +25,7 @@ Numerics = Literal["exact", "bounded"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 PREFIX = "EVALMODE_"
+_OF_KUBERNETES = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_\w+)$")
 
 
 class Settings(BaseSettings):
@@ -110,16 +112,16 @@ class Settings(BaseSettings):
 
 
 def check_variables(names: Iterable[str]) -> None:
-    """Of an environment. Names that resemble no setting are none of ours, such as those that Kubernetes makes for a
-    service that is called evalmode.
+    """Of an environment. Names that resemble no setting are none of ours, nor are those that Kubernetes makes for a
+    Service called evalmode, or evalmode-models.
 
     Raises:
         WrongCall: one is nearly a setting: whoever wrote it means to have set that.
     """
     for name in names:
-        field, known = name.removeprefix(PREFIX).lower(), Settings.model_fields
-        if name.startswith(PREFIX) and field not in known:
-            longer = [setting for setting in known if field and setting.startswith(field)]
+        field, known = name[len(PREFIX) :].lower(), Settings.model_fields
+        if name.upper().startswith(PREFIX) and field not in known and not _OF_KUBERNETES.search(name):
+            longer = [setting for setting in known if len(field) > 3 and setting.startswith(field)]
             for meant in (longer or get_close_matches(field, known, cutoff=0.7))[:1]:
                 raise WrongCall(f"{name} is no setting, and {PREFIX}{meant.upper()} is one; rename it, or unset it")
 

@@ -284,9 +284,9 @@ def test_the_log_says_whose_key_changed_what(
     with caplog.at_level(logging.INFO, "service.management"):
         for method, verb, body in (
             ("PUT", "aliases/a", {"version": "1"}),
-            ("DELETE", "aliases/a", None),
-            ("POST", "unload", None),
-            ("POST", "load", None),
+            ("DELETE", "aliases/a", b""),
+            ("POST", "unload", b""),
+            ("POST", "load", b""),
         ):
             path = f"/v2/repository/models/norm/{verb}"
             assert ask(repository, method, path, body, keys.bearer("manage"), settings=locked).status_code == 200

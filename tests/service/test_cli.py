@@ -113,20 +113,35 @@ def test_a_flag_beats_the_environment_beats_the_default(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("KEYSFILE", "KEYS_FILE"), ("API_KEYS_FILE", "KEYS_FILE"), ("KEYS", "KEYS_FILE"), ("worker", "WORKERS")],
+    [
+        ("KEYSFILE", "KEYS_FILE"),
+        ("API_KEYS_FILE", "KEYS_FILE"),
+        ("KEYS", "KEYS_FILE"),
+        ("worker", "WORKERS"),
+        ("MAX_BATCH_SIZE", "MAX_BATCH_ROWS"),
+    ],
 )
 def test_a_variable_that_is_nearly_a_setting_is_not_passed_over(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, meant: str
 ) -> None:
     """A service whose operator thinks that it asks for keys does not start without them."""
-    monkeypatch.setenv(f"EVALMODE_{name}", "2")
-    assert run(["serve", "nowhere"]) == 2
-    assert f"EVALMODE_{name} is no setting, and EVALMODE_{meant} is one" in capsys.readouterr().err
+    for written in (f"EVALMODE_{name}", f"evalmode_{name}"):
+        with monkeypatch.context() as environment:
+            environment.setenv(written, "2")
+            assert run(["serve", "nowhere"]) == 2
+        assert f"{written} is no setting, and EVALMODE_{meant} is one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "name",
-    ["EVALMODE_SERVICE_HOST", "EVALMODE_SERVICE_PORT_HTTP", "EVALMODE_PORT_8000_TCP_ADDR", "EVALMODE_", "WORKERS"],
+    [
+        "EVALMODE_SERVICE_HOST",
+        "EVALMODE_SERVICE_PORT_HTTP",
+        "EVALMODE_PORT_8000_TCP_ADDR",
+        "EVALMODE_MODELS_PORT",
+        "EVALMODE_",
+        "WORKERS",
+    ],
 )
 def test_a_variable_that_others_make_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str

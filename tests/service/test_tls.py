@@ -9,7 +9,9 @@ import os
 import shutil
 import socket
 import ssl
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -289,3 +291,41 @@ def test_json_too(at: At, certificate: Certificate) -> None:
         for _ in range(3):
             answer = client.post(f"https://{at.host}:{at.port}{INFER}", content=json.dumps(body))
             assert answer.json()["outputs"][0]["data"] == [2, 4]
+
+
+def test_what_is_not_read_is_known_over_tls_too(app: Application, certificate: Certificate) -> None:
+    """TLS itself says that nothing waits; what waits takes room, and leaves it."""
+    content, tensor = request_of(2_000_000)
+    assert len(tensor) > 4 * 2**20  # more than the system takes of it
+
+    def held(answers: int) -> bool:
+        return abs(app.answers.held_bytes - answers * len(tensor)) < 0.1 * len(tensor)
+
+    with served(app, tls=Tls(certificate.certificate, certificate.key)) as at, ExitStack() as open_clients:
+        clients = []
+        for count in range(1, 5):
+            slow = open_clients.enter_context(socket.create_connection((at.host, at.port), timeout=LIMIT_S))
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+            client = open_clients.enter_context(certificate.trusting().wrap_socket(slow, server_hostname=at.host))
+            client.sendall(content)
+            assert client.recv(12) == b"HTTP/1.1 200"
+            until(lambda count=count: held(count))  # type: ignore[misc]
+            clients.append(client)
+        for client in clients:
+            client.recv(100_000)
+        time.sleep(1.5)  # until it has been looked at
+        assert held(4)
+        clients[0].close()
+        until(lambda: held(3))
+        read = b""
+        while not read.endswith(tensor[-64:]):
+            read = read[-64:] + clients[1].recv(2**20)
+        until(lambda: held(2))
+    until(lambda: held(0))
+
+
+def until(true: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + LIMIT_S
+    while not true():
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
