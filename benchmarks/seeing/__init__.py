@@ -12,8 +12,8 @@ Two ways to see:
             five seconds (as the SDK does), and a `GET /metrics` every fifteen (as deploy/ does)
 The process is blind and sees by turns of a tenth of a second under one load (switched.py): a machine with neighbours
 changes its speed within seconds, so two servers side by side, or one after the other, differ by more than what is
-looked for here. What there is so many times in a second is there so many times in a second of seeing. What is said is
-the predictions in a second of CPU of all turns that see over those of all that are blind, with the standard error of
-that by resampling whole stretches.
+looked for here. Which of two turns sees is left to chance. What there is so many times in a second is there so many
+times in a second of seeing. What is said is the predictions in a second of CPU of all turns that see over those of all
+that are blind, with the standard error of that by resampling whole stretches.
 Limit: .95.
 """

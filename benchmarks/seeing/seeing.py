@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from random import Random
 from typing import final
 
 import numpy as np
@@ -62,14 +63,22 @@ class Share:
         return f"{self.share:.4f} ± {self.error:.4f} of the throughput, {self.cpu_us:.1f} us a prediction"
 
 
+def sees(turn: int) -> bool:
+    """One of two turns sees, now the first and now the second: what the server does once a second falls into both."""
+    pair, second = divmod(turn, 2)
+    return bool(Random(pair).getrandbits(1)) != bool(second)
+
+
 def share(instants: Sequence[Sequence[int]]) -> Share:
     """
     Args:
-        instants: CPU time in ns, and predictions until then; between two of them is a turn, blind and seeing in turn,
+        instants: CPU time in ns, and predictions until then; between two of them is a turn, which sees as `sees` says,
             and there are whole stretches of them.
     """
     turns = np.diff(np.asarray(instants, np.float64), axis=0)
-    stretches = turns.reshape(-1, STRETCH // 2, 2, 2).sum(axis=1)
+    seeing = np.array([sees(turn) for turn in range(len(turns))])
+    kinds = [turns[kind].reshape(-1, STRETCH // 2, 2).sum(axis=1) for kind in (~seeing, seeing)]
+    stretches = np.stack(kinds, axis=1)
     """By stretch, blind or seeing, CPU time and predictions."""
     chosen = np.random.default_rng(1).integers(len(stretches), size=(RESAMPLES, len(stretches)))
     error = _share(stretches[chosen].sum(axis=1)).std()
@@ -108,17 +117,17 @@ def seen(sight: Sight, workload: Workload, folder: Path, *, stretches: int) -> S
     if sight.traced and not collector.taken_bytes:
         raise SystemExit(f"{sight.name}: the collector got no spans")
     instants = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
-    if [sees for sees, *_ in instants] != [turn % 2 == 1 for turn in range(stretches * STRETCH + 1)]:
+    if [seeing for seeing, *_ in instants] != [sees(turn) for turn in range(stretches * STRETCH + 1)]:
         raise SystemExit(f"{sight.name}: the turns that were taken are not those that were asked for")
     return share([at for _, *at in instants])
 
 
 def take_turns(server: Started, stretches: int, sight: Sight) -> None:
     """A signal at the start of each, and one at the end of the last."""
-    began_s, scrape_every = time.monotonic(), round(2 * SCRAPE_S / TURN_S)
+    began_s, scrape_every = time.monotonic(), round(SCRAPE_S / TURN_S)
     for turn in track(range(stretches * STRETCH), sight.name):
         server.process.send_signal(signal.SIGUSR1)
-        if sight.scraped and turn % scrape_every == 1:
+        if sight.scraped and sees(turn) and turn // 2 % scrape_every == 0:
             with urllib.request.urlopen(f"{server.address}/metrics", timeout=10) as page:
                 page.read()
         time.sleep(max(0.0, began_s + (turn + 1) * TURN_S - time.monotonic()))

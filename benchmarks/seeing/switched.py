@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, final
 from unittest.mock import patch
 
-from benchmarks.seeing.seeing import EXPORT_S, TURN_S
+from benchmarks.seeing.seeing import EXPORT_S, TURN_S, sees
 from service import alone, shares
 from service.app import create_app
 from service.asgi import Application
@@ -27,8 +27,8 @@ from service.statistics import Statistics
 from service.tracing import Tracing
 from service.watch import Watch
 
-EXPORT_EVERY = round(2 * EXPORT_S / TURN_S)
-"""Turns."""
+EXPORT_EVERY = round(EXPORT_S / TURN_S)
+"""Pairs of turns."""
 
 COUNTING = {name: getattr(Statistics, name) for name in ("answered", "ran", "failed")}
 
@@ -46,14 +46,14 @@ class Switch:
 
     def turn(self, *_: object) -> None:
         number = next(self._turns)
-        sees = number % 2 == 1
+        seeing = sees(number)
         for name, counting in COUNTING.items():
-            setattr(Statistics, name, counting if sees else nothing)
-        self._watch._watchers = self._watch.hearing = self._watchers if sees else ()
-        now = (sees, time.process_time_ns(), self._watch.counts.begun)
+            setattr(Statistics, name, counting if seeing else nothing)
+        self._watch._watchers = self._watch.hearing = self._watchers if seeing else ()
+        now = (seeing, time.process_time_ns(), self._watch.counts.begun)
         with self._file.open("a", encoding="utf-8") as lines:
             print(json.dumps(now), file=lines)
-        if number % EXPORT_EVERY == EXPORT_EVERY - 1:
+        if seeing and number // 2 % EXPORT_EVERY == EXPORT_EVERY - 1:
             for tracing in self._watchers:
                 if isinstance(tracing, Tracing):
                     threading.Thread(target=tracing._provider.force_flush).start()
