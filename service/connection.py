@@ -184,7 +184,7 @@ class Connection(HttpToolsProtocol):
             return
         self._first = True
         if self._carrier is not None:
-            self._unread.count(self.loop.time())  # TLS does not say when the answer before was read
+            self._unread.count(self.loop.time())  # TLS says neither that it is paused, nor that it goes on
         self._application.polling.received()
         if len(data) <= PART_BYTES and not self._unparsed:
             self._parse(data)
@@ -459,6 +459,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on with what came meanwhile, else wait for what comes next. Called for answers of either way."""
         self._owed.popleft()
+        if self._carrier is not None:
+            self._unread.count(self.loop.time())
         if self._ended:
             return
         if self.pipeline:
@@ -539,16 +541,17 @@ class Connection(HttpToolsProtocol):
 
     def close_if_late(self) -> bool:
         """Let go of a client that has not kept its deadline; whether it lost an answer that it did not read."""
-        now_s, unsent_bytes = self.loop.time(), self._unread.unsent_bytes
-        if self.transport.is_closing() and not unsent_bytes:
-            return False
-        if self._unread.is_late(now_s, hurry=self._application.answers.turned_away or self._hurries):
-            self.transport.abort()
-            return True
-        if not unsent_bytes and now_s > self._deadline_s:
-            if self._reading and (self._owed or not self._head_read):  # else it was answered before it was here
-                self._refuse(RequestTooSlow())
-            self.transport.close()
+        now_s = self.loop.time()
+        if self._unread.unsent_bytes:
+            if self._unread.is_late(now_s, hurry=self._application.answers.turned_away or self._hurries):
+                self.transport.abort()
+                return True
+        elif not self.transport.is_closing():
+            self._unread.rest(now_s)
+            if now_s > self._deadline_s:
+                if self._reading and (self._owed or not self._head_read):  # else it was answered before it was here
+                    self._refuse(RequestTooSlow())
+                self.transport.close()
         return False
 
     def pause_writing(self) -> None:

@@ -72,18 +72,20 @@ class Unread:
         self.forget()
 
     def is_late(self, now_s: float, *, hurry: bool) -> bool:
-        """Whether the client has to go; to be asked once a second."""
+        """Whether the client has to go; to be asked once a second, while something is unsent."""
         self.count(now_s)
-        unsent_bytes = self.unsent_bytes
-        left_bytes = unsent_bytes + self._system_bytes() if unsent_bytes else 0
+        left_bytes = self.unsent_bytes + self._system_bytes()
         read_bytes, self._left_bytes = max(0, self._left_bytes - left_bytes), left_bytes
-        if not unsent_bytes:
-            self._until_s = now_s + UNREAD_S
-            return False
         self._give_time(read_bytes, now_s)
         if read_bytes >= HURRIED_BYTES_S:
             self._slow_since_s = now_s
         return now_s > self._until_s or (hurry and now_s > self._slow_since_s + HURRIED_S)
+
+    def rest(self, now_s: float) -> None:
+        """Nothing is unsent, as far as whoever looks once a second knows."""
+        self._left_bytes = 0
+        self._until_s = now_s + UNREAD_S
+        self.forget()
 
     def forget(self) -> None:
         """Nothing of it is here any more."""

@@ -36,6 +36,17 @@ def said(repository: Repository) -> str:
     return announcement(repository, "127.0.0.1", 8000, Settings())
 
 
+def test_who_lets_everybody_in_is_told_so(tmp_path: Path) -> None:
+    """Where others reach it; a misspelt variable would not be noticed."""
+    write_table_bundle(tmp_path)
+    repository = load(tmp_path, place("cpu"), Settings())
+    assert "API keys" not in said(repository)
+    outside = announcement(repository, "0.0.0.0", 8000, Settings())
+    assert "API keys      none, so everybody who reaches the port may predict; see --keys-file" in outside
+    locked = announcement(repository, "0.0.0.0", 8000, Settings(keys_file=tmp_path / "keys.txt"))
+    assert "API keys      needed" in locked
+
+
 def test_the_call_for_an_image_is_a_line_that_sends_zeros(tmp_path: Path) -> None:
     """The very bytes that the shell pipes into curl are a request that fits."""
     live = load(image_model(tmp_path), place("cpu"), Settings(threads=1, max_batch_rows=2)).only()
