@@ -10,8 +10,9 @@ Rule 3: a body that is whole when it is first looked at is not counted: it is ha
 Rule 4: two bodies of the largest size have room, whatever the limit: a packed one beside what it unpacks to. So nobody
         who keeps to the limit of one body is told for ever to come again.
 Rule 5: requests and answers have room of their own, or requests that fill it would wait for answers that find none.
-Rule 6: a large answer has room before it is computed, or it is not. One that is there is given, whatever it takes. Who
-        takes room and reads little is let go of while others need it (unread.py).
+Rule 6: a large answer has room before it is computed, or it is not. How large it will be is a guess, so a quarter of
+        the room is asked for at most. One that is there is given, and counted, whatever it takes. Who takes room and
+        reads little is let go of while others need it (unread.py).
 """
 
 from __future__ import annotations
@@ -67,17 +68,6 @@ class Held:
         if more_bytes > 0 and bodies.held_bytes + more_bytes > bodies.max_bytes:
             bodies.turn_away()
         self.hold_anyhow(count_bytes)
-
-    def enter(self, count_bytes: int) -> None:
-        """So many bytes from now on, and any number where nobody else holds some.
-
-        Raises:
-            ServerFull: there is no room for them.
-        """
-        if self._bodies.held_bytes > self.count_bytes:
-            self.hold(count_bytes)
-        else:
-            self.hold_anyhow(count_bytes)
 
     def hold_anyhow(self, count_bytes: int) -> None:
         """So many bytes from now on, whether there is room or not."""

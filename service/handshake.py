@@ -37,8 +37,6 @@ async def speak_tls(taken: socket.socket, context: ssl.SSLContext, connection: C
     loop = asyncio.get_running_loop()
     early, late = _Kept(), _Kept()
     carrier, _ = await loop.connect_accepted_socket(lambda: early, taken)
-    if carrier.is_closing():
-        raise ConnectionAbortedError
     handshake = loop.create_task(
         loop.start_tls(
             carrier,
@@ -50,16 +48,17 @@ async def speak_tls(taken: socket.socket, context: ssl.SSLContext, connection: C
         )
     )
     await asyncio.sleep(0)  # now it has taken over, and begins in the next turn of the loop, before anything is read
-    loop.call_soon(_feed, carrier.get_protocol(), b"".join(early.came))
+    if carrier.is_closing():
+        handshake.cancel()
+        raise ConnectionAbortedError
+    loop.call_soon(_feed, carrier, b"".join(early.came))
     transport = await handshake
-    assert transport is not None
+    if transport is None or carrier.is_closing():
+        raise ConnectionAbortedError
     made = connection()
     transport.set_protocol(cast(asyncio.BaseProtocol, made))
     made.connection_made_over(carrier, transport)
-    if late.came:
-        made.data_received(b"".join(late.came))
-    if late.lost:
-        made.connection_lost(late.lost[0])
+    late.hand_over(made)
 
 
 @final
@@ -68,19 +67,34 @@ class _Kept(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.came: list[bytes] = []
-        self.lost: list[Exception | None] = []
+        self._lost: list[Exception | None] = []
+        self._to: Carried | None = None
+
+    def hand_over(self, to: Carried) -> None:
+        """And what is still on its way here."""
+        self._to = to
+        if self.came:
+            to.data_received(b"".join(self.came))
+        if self._lost:
+            to.connection_lost(self._lost[0])
 
     def data_received(self, data: bytes) -> None:
-        self.came.append(data)
+        if self._to is None:
+            self.came.append(data)
+        else:
+            self._to.data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.lost.append(exc)
+        if self._to is None:
+            self._lost.append(exc)
+        else:
+            self._to.connection_lost(exc)
 
 
-def _feed(protocol: asyncio.BaseProtocol, data: bytes) -> None:
-    """As a transport does."""
-    reader = cast(asyncio.BufferedProtocol, protocol)
-    while data:
+def _feed(carrier: asyncio.Transport, data: bytes) -> None:
+    """As it does itself."""
+    reader = cast(asyncio.BufferedProtocol, carrier.get_protocol())
+    while data and not carrier.is_closing():
         room = memoryview(reader.get_buffer(len(data)))
         taken = min(len(room), len(data))
         room[:taken] = data[:taken]

@@ -192,8 +192,10 @@ class Server(uvicorn.Server):
                     _log.exception("what is looked after once a second failed; it is tried again, and not said again")
 
     def _let_late_go(self) -> None:
-        cut = sum([connection.close_if_late() for connection in self._connections])
-        self._app.answers.turned_away = False
+        try:
+            cut = sum([connection.close_if_late() for connection in self._connections])
+        finally:
+            self._app.answers.turned_away = False
         if cut:
             self._cut += cut
             _log.warning("%d connections were cut: their clients did not read what was answered", cut)

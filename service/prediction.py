@@ -179,9 +179,10 @@ class Predictions:
         prediction.request = request
         timeout_s = self._timeout_s if request.timeout_s is None else request.timeout_s
         begin = None
-        if (answer_bytes := live.answer_bytes(request.accepted)) >= COUNTED_BYTES:
+        if (answer_bytes := live.answer_size.guess_bytes(request.accepted)) >= COUNTED_BYTES:
             prediction.room = room = Held(self._answers)
-            begin = lambda: room.enter(int(answer_bytes))  # noqa: E731
+            room_bytes = min(int(answer_bytes), self._answers.max_bytes // 4)
+            begin = lambda: room.hold(room_bytes)  # noqa: E731
         live.coalescer.submit(
             request.accepted,
             prediction.answer,
@@ -273,6 +274,8 @@ class _Prediction:
 
     def _answer(self, answer: Answer, computed: Computed) -> None:
         content, json_bytes = answer
+        if self.room is not None:
+            self.room.hold_anyhow(len(content))
         timing = b"queue;dur=%.3f, compute;dur=%.3f" % (computed.queue_ns / 1e6, computed.compute_ns / 1e6)
         said = [_JSON_TYPE if json_bytes is None else _OCTET_STREAM_TYPE, NOSNIFF, (SERVER_TIMING, timing)]
         if json_bytes is not None:
@@ -294,8 +297,7 @@ class _Prediction:
         given = request_id(self.headers)
         said.append((REQUEST_ID, given))
         self.replied = True
-        self.reply(200, said, content)
-        self._leave_room()
+        self._reply(200, said, content)
         self.live.statistics.answered(took_ns, computed.queue_ns, self.route.pattern)
         if self.watch.hearing:
             for watcher in self.watch.wanting_answer(self.headers):
@@ -312,16 +314,18 @@ class _Prediction:
         given = request_id(self.headers)
         status, said, content = refusal(error, given)
         self.replied = True
-        self.reply(status, said, content)
-        self._leave_room()
+        self._reply(status, said, content)
         try:
             self._count_refused(error, status, given, took_ns)
         except Exception:  # the refusal was given; nobody is helped if this fails too
             _log.exception("a refusal could not be counted")
 
-    def _leave_room(self) -> None:
-        if self.room is not None:
-            self.room.hold_anyhow(0)
+    def _reply(self, status: int, said: Said, content: bytes) -> None:
+        try:
+            self.reply(status, said, content)
+        finally:
+            if self.room is not None:
+                self.room.hold_anyhow(0)
 
     def _count_refused(self, error: BaseException, status: int, given: bytes, took_ns: int) -> None:
         if self.live is not None:

@@ -59,11 +59,6 @@ class Batching:
         return run_s / rows
 
 
-def is_open_ended(runtime: Runtime) -> bool:
-    """A caller decides how long a row is, and so how long a run takes: never on the event loop."""
-    return any(-1 in spec.shape[1:] for spec in runtime.inputs)
-
-
 def rehearse(admitted: Admitted, numerics: Numerics) -> Batching:
     """Run the model at every size it will be used at.
 
@@ -73,7 +68,8 @@ def rehearse(admitted: Admitted, numerics: Numerics) -> Batching:
     """
     runtime, rows, figure = admitted.runtime, admitted.subjects, admitted.independence
     fixed = runtime.inputs[0].shape[0]
-    open_ended = is_open_ended(runtime)
+    # where a caller decides how long a row is, it decides how long a run takes: never on the event loop
+    open_ended = any(-1 in spec.shape[1:] for spec in runtime.inputs)
     if fixed != -1:
         only_s = _run_s(runtime, rows, fixed)
         inline_rows = fixed if only_s < INLINE_RUN_S and not open_ended else 0

@@ -25,6 +25,7 @@ from service import aliases as aliasing
 from service import bundle as bundles
 from service.admission import Admitted, admit
 from service.aliases import STABLE, Aliases
+from service.answer_size import AnswerSize, measured
 from service.bundle import Bundle, Digests
 from service.canary import Canary
 from service.coalescing import Coalescer
@@ -45,10 +46,10 @@ from service.limits import GRACE_S, SHARE, bounded_memory, bounded_time, free_me
 from service.memory import give_back_soon
 from service.places import Found, Layout, Misplaced, find, layout_at, misplaced, version_order
 from service.policy import TORN, Rule, parse, settled
-from service.rehearsal import Batching, is_open_ended, rehearse
+from service.rehearsal import Batching, rehearse
 from service.runtime import Deadline, Placement
 from service.settings import Settings
-from service.signature import Accepted, SampleReader
+from service.signature import SampleReader
 from service.statistics import Statistics
 from service.trial import Trials, Tried
 
@@ -73,19 +74,9 @@ class Live:
     coalescer: Coalescer
     canary: Canary
     statistics: Statistics
-    answer_row_bytes: float
-    """Of an answer's tensors, by row, as they were for the samples that it was admitted with; 0 where a caller decides
-    how long a row is."""
-    answer_ratio: float
-    """The same by byte of what came."""
+    answer_size: AnswerSize
     reader: SampleReader | None
     """None when the model takes tensors only."""
-
-    def answer_bytes(self, accepted: Accepted) -> float:
-        """About so many will be in the tensors of the answer."""
-        if self.answer_row_bytes:
-            return self.answer_row_bytes * accepted.rows
-        return self.answer_ratio * sum([tensor.nbytes for tensor in accepted.tensors])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -607,6 +598,9 @@ def _load(
                 deadline=deadline,
             )
             batching = rehearse(admitted, settings.numerics)
+            rows, run_s = min(batching.run_s.items())
+            sample = admitted.sample(rows)
+            answer_size = measured(admitted.runtime, sample)
             deadline.lift()  # or it would pass while this serves
     except AdmissionRefused as refusal:
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=str(refusal))
@@ -621,10 +615,6 @@ def _load(
         reason = f"not admitted: admission broke on it ({printable(first_line(error))}); the log has the traceback"
         return Entry(name=found.name, version=found.version, state="UNAVAILABLE", reason=reason)
     statistics = Statistics()
-    rows, run_s = min(batching.run_s.items())
-    sample = admitted.sample(rows)
-    answer_bytes = sum([output.nbytes for output in admitted.runtime.run(sample.tensors)])
-    sample_bytes = max(1, sum([tensor.nbytes for tensor in sample.tensors]))
     coalescer = Coalescer(
         admitted.runtime,
         max_rows=batching.max_rows,
@@ -645,8 +635,7 @@ def _load(
         coalescer=coalescer,
         canary=Canary(coalescer, sample, run_s=run_s),
         statistics=statistics,
-        answer_row_bytes=0.0 if is_open_ended(admitted.runtime) else answer_bytes / rows,
-        answer_ratio=answer_bytes / sample_bytes,
+        answer_size=answer_size,
         reader=SampleReader(admitted.signature) if admitted.signature.features is not None else None,
     )
     return Entry(name=found.name, version=found.version, state="READY", live=live)

@@ -28,6 +28,9 @@ UNREAD_S = 30.0
 HURRIED_S = 5.0
 HURRIED_BYTES_S = 64 * 1024
 
+LOOK_S = 0.9
+"""What is read is looked at no more often."""
+
 _RESUMED_BYTES = 48 * 1024
 """What was read at least when writing goes on: from the high mark of a transport to the low one."""
 
@@ -36,7 +39,7 @@ _RESUMED_BYTES = 48 * 1024
 class Unread:
     """Of one connection. Belongs to its event loop, on whose clock all times are."""
 
-    __slots__ = ("_held", "_left_bytes", "_slow_since_s", "_transports", "_until_s")
+    __slots__ = ("_held", "_left_bytes", "_looked_s", "_slow_since_s", "_transports", "_until_s")
 
     def __init__(self, bodies: Bodies, transport: asyncio.Transport, carrier: asyncio.Transport | None, now_s: float):
         """
@@ -46,7 +49,8 @@ class Unread:
         self._held = Held(bodies)
         self._transports = (transport,) if carrier is None else (transport, carrier)
         self._left_bytes = 0
-        """When it was last looked."""
+        """When it was last looked, which was then:"""
+        self._looked_s = now_s
         self._until_s = now_s + UNREAD_S
         """More has to be read until then."""
         self._slow_since_s = math.inf
@@ -72,18 +76,20 @@ class Unread:
         self.forget()
 
     def is_late(self, now_s: float, *, hurry: bool) -> bool:
-        """Whether the client has to go; to be asked once a second, while something is unsent."""
+        """Whether the client has to go; to be asked once a second or more often, while something is unsent."""
         self.count(now_s)
-        left_bytes = self.unsent_bytes + self._system_bytes()
-        read_bytes, self._left_bytes = max(0, self._left_bytes - left_bytes), left_bytes
-        self._give_time(read_bytes, now_s)
-        if read_bytes >= HURRIED_BYTES_S:
-            self._slow_since_s = now_s
+        if now_s - self._looked_s >= LOOK_S:
+            left_bytes = self.unsent_bytes + self._system_bytes()
+            read_bytes = max(0, self._left_bytes - left_bytes)
+            self._left_bytes, self._looked_s = left_bytes, now_s
+            self._give_time(read_bytes, now_s)
+            if read_bytes >= HURRIED_BYTES_S:
+                self._slow_since_s = now_s
         return now_s > self._until_s or (hurry and now_s > self._slow_since_s + HURRIED_S)
 
     def rest(self, now_s: float) -> None:
         """Nothing is unsent, as far as whoever looks once a second knows."""
-        self._left_bytes = 0
+        self._left_bytes, self._looked_s = 0, now_s
         self._until_s = now_s + UNREAD_S
         self.forget()
 

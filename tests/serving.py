@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from uvicorn.loops.auto import auto_loop_factory
 
@@ -24,6 +25,8 @@ class At:
 
     host: str
     port: int
+    connections: set[Any]
+    """Those that are open."""
 
     def connect(self) -> socket.socket:
         return socket.create_connection((self.host, self.port), timeout=LIMIT_S)
@@ -39,20 +42,26 @@ class At:
 
 
 @contextmanager
-def served(app: Application, *, tls: Tls | None = None) -> Iterator[At]:
+def served(
+    app: Application,
+    *,
+    tls: Tls | None = None,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> Iterator[At]:
     listens = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = Server(app, listens.set, tls=tls)
 
         def serve() -> None:
-            with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+            with asyncio.Runner(loop_factory=loop_factory or auto_loop_factory()) as runner:
                 runner.run(server.serve(sockets=[listening]))
 
         thread = threading.Thread(target=serve)
         thread.start()
         try:
             assert listens.wait(LIMIT_S)
-            yield At(*listening.getsockname()[:2])
+            host, port = listening.getsockname()[:2]
+            yield At(host, port, server.server_state.connections)
         finally:
             server.handle_exit(15, None)
             thread.join(LIMIT_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import logging
@@ -9,15 +10,17 @@ import os
 import shutil
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
 import numpy as np
 import onnx
 import pytest
+import uvloop
 from onnx import TensorProto, helper
 
 from service import handshake, http_server
@@ -31,6 +34,8 @@ from service.tls import Tls, tls_of
 from tests.asking import binary_message, loaded, save
 from tests.certificates import Certificate, write_certificate
 from tests.serving import LIMIT_S, At, served
+
+Loop = Callable[[], asyncio.AbstractEventLoop]
 
 INFER = "/v2/models/wide/infer"
 LARGE = 3 * LARGE_BODY_BYTES // 4 * 4
@@ -291,6 +296,37 @@ def test_json_too(at: At, certificate: Certificate) -> None:
         for _ in range(3):
             answer = client.post(f"https://{at.host}:{at.port}{INFER}", content=json.dumps(body))
             assert answer.json()["outputs"][0]["data"] == [2, 4]
+
+
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
+@pytest.mark.parametrize("leaves", ["before it speaks", "in its first words", "after them", "when both agree"])
+def test_who_leaves_early_leaves_nothing_behind(
+    app: Application, certificate: Certificate, caplog: pytest.LogCaptureFixture, leaves: str, loop: Loop
+) -> None:
+    """No connection, no room and no word in the log; by FIN and by RST."""
+    hello = hello_of(certificate)
+    with served(app, tls=Tls(certificate.certificate, certificate.key), loop_factory=loop) as at:
+        for number in range(60):
+            left = at.connect()
+            if number % 2:
+                left.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if leaves == "when both agree":
+                left = certificate.trusting().wrap_socket(left, server_hostname=at.host)
+            elif leaves != "before it speaks":
+                left.sendall(hello if leaves == "after them" else hello[: len(hello) // 2])
+            left.close()
+        assert answers(at, certificate)
+        until(lambda: not at.connections)
+    assert app.answers.held_bytes == 0
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def hello_of(certificate: Certificate) -> bytes:
+    """What a client says first."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with suppress(ssl.SSLWantReadError):
+        certificate.trusting().wrap_bio(incoming, outgoing, server_hostname="127.0.0.1").do_handshake()
+    return outgoing.read()
 
 
 def test_what_is_not_read_is_known_over_tls_too(app: Application, certificate: Certificate) -> None:
