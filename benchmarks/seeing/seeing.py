@@ -23,6 +23,7 @@ from rich.progress import track
 from benchmarks.serving.load import driven
 from benchmarks.serving.workloads import Workload
 from benchmarks.started import Started, started
+from service.tracing import TRACES_S
 
 CONNECTIONS, WARM_UP_S, TURN_S = 32, 2, 0.1
 STRETCH = 40
@@ -114,8 +115,9 @@ def seen(sight: Sight, workload: Workload, folder: Path, *, stretches: int) -> S
             ended = load.result()
     if ended.non_2xx or ended.socket_errors:
         raise SystemExit(f"{sight.name}: {ended.non_2xx} answers were not 2xx, {ended.socket_errors} socket errors")
-    if sight.traced and not collector.taken_bytes:
-        raise SystemExit(f"{sight.name}: the collector got no spans")
+    wanted = TRACES_S * stretches * STRETCH * TURN_S / 2 if sight.traced else 0
+    if not 0.8 * wanted <= collector.predictions <= 1.2 * wanted:
+        raise SystemExit(f"{sight.name}: {collector.predictions} predictions had a span, and not about {wanted:.0f}")
     instants = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
     if [seeing for seeing, *_ in instants] != [sees(turn) for turn in range(stretches * STRETCH + 1)]:
         raise SystemExit(f"{sight.name}: the turns that were taken are not those that were asked for")
@@ -139,7 +141,8 @@ class Collector:
     """Takes spans and throws them away."""
 
     address: str = ""
-    taken_bytes: int = 0
+    predictions: int = 0
+    """That had a span."""
 
 
 @contextmanager
@@ -150,7 +153,8 @@ def collecting() -> Iterator[Collector]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            collector.taken_bytes += len(self.rfile.read(int(self.headers["content-length"])))
+            body = self.rfile.read(int(self.headers["content-length"]))
+            collector.predictions += body.count(b"evalmode.request.id")
             self.send_response(200)
             self.send_header("content-length", "0")
             self.end_headers()

@@ -1,7 +1,7 @@
 """The service with a switch: `python -m benchmarks.seeing.switched FILE serve ...`.
 
-SIGUSR1 makes it blind, and the next one lets it see again. At each a line is written to FILE: whether it sees from now
-on, and the nanoseconds of CPU time and the predictions that there were until then.
+A turn begins with each SIGUSR1; whether it sees, `seeing.sees` says. A line is written to FILE then: whether it sees
+from now on, and the nanoseconds of CPU time and the predictions that there were until then.
 
 A second of the shares that log and traces have lasts two here, one of which is seen; spans leave in turns that see.
 """
