@@ -17,7 +17,7 @@ Rule 6: a large answer has room before it is computed, or it is not. How large i
 
 from __future__ import annotations
 
-from typing import NoReturn, final
+from typing import final
 
 from service.errors import ServerFull
 
@@ -29,22 +29,14 @@ RATE_BYTES_S = 16 * 1024
 class Bodies:
     """All requests that are being read in this process, or all answers that are not read. Belongs to one event loop."""
 
-    __slots__ = ("_called", "held_bytes", "max_bytes", "turned_away")
+    __slots__ = ("called", "held_bytes", "max_bytes", "turned_away")
 
     def __init__(self, *, max_bytes: int, body_limit_bytes: int, called: str = "requests") -> None:
-        self._called = called
+        self.called = called
         self.max_bytes = max(max_bytes, 2 * body_limit_bytes)
         self.held_bytes = 0
         self.turned_away = False
         """Somebody was, for want of room, since it was last looked after who takes it."""
-
-    def turn_away(self) -> NoReturn:
-        """
-        Raises:
-            ServerFull: always.
-        """
-        self.turned_away = True
-        raise ServerFull(called=self._called, held_bytes=self.held_bytes, max_bytes=self.max_bytes)
 
 
 @final
@@ -66,7 +58,8 @@ class Held:
         bodies = self._bodies
         more_bytes = count_bytes - self.count_bytes
         if more_bytes > 0 and bodies.held_bytes + more_bytes > bodies.max_bytes:
-            bodies.turn_away()
+            bodies.turned_away = True
+            raise ServerFull(called=bodies.called, held_bytes=bodies.held_bytes, max_bytes=bodies.max_bytes)
         self.hold_anyhow(count_bytes)
 
     def hold_anyhow(self, count_bytes: int) -> None:

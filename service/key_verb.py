@@ -49,9 +49,9 @@ def _append(file: Path, made: Key) -> int:
     Returns:
         How many keys there have that name already.
     """
-    same = 0
     if not file.parent.is_dir():
         raise WrongCall(f"there is no folder '{file.parent}' for the keys file; make it, or name another file")
+    same = 0
     try:
         with one_at_a_time(file.parent):
             before, mode, owner = b"", 0o600, None
