@@ -23,6 +23,7 @@ Rule 6: nobody holds a connection for nothing. The server looks now and then (`c
     ours               a request is here and not answered              it is answered, or its own deadline has come
     the client's       it was refused by its head, and still sends        LINGER_S and LINGER_BYTES, then it is cut
     the client's       something is written that it does not read      as unread.py says, then it is cut
+    the client's       all is sent, and over TLS it has not said bye   GOODBYE_S, then it is cut
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ LINGER_S = 2.0
 LINGER_BYTES = 1024 * 1024
 """Who was answered before its body was here may send so much and so long more, so that it comes to read the answer: a
 socket that is closed with something unread in it takes the answer back."""
+
+GOODBYE_S = 5.0
+"""Over TLS a client says that it has seen the end. One that has been sent all is not waited for longer."""
 
 SKIPPED_BYTES = 64 * 1024
 """A body that is declared and not larger is read to its end, whatever its request was answered, and the connection
@@ -165,6 +169,8 @@ class Connection(HttpToolsProtocol):
         self._parsing = False
         self._lingering_bytes: int | None = None
         """What may still come after the last answer; None before it."""
+        self._goodbye_until_s = math.inf
+        """Once it is closed and all is sent."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -552,6 +558,10 @@ class Connection(HttpToolsProtocol):
                 if self._reading and (self._owed or not self._head_read):  # else it was answered before it was here
                     self._refuse(RequestTooSlow())
                 self.transport.close()
+        elif now_s > self._goodbye_until_s:
+            self.transport.abort()
+        else:
+            self._goodbye_until_s = min(self._goodbye_until_s, now_s + GOODBYE_S)
         return False
 
     def pause_writing(self) -> None:

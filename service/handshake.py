@@ -6,6 +6,7 @@ In one step nobody would know what carries it, and TLS itself says that nothing 
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import ssl
 from collections.abc import Callable
@@ -13,9 +14,6 @@ from typing import Protocol, cast, final
 
 HANDSHAKE_LIMIT_S = 10.0
 """Whoever connects and does not speak TLS in this time is let go of."""
-
-GOODBYE_LIMIT_S = 5.0
-"""A client that does not say that it has seen the end is not waited for longer."""
 
 
 class Carried(Protocol):
@@ -44,7 +42,7 @@ async def speak_tls(taken: socket.socket, context: ssl.SSLContext, connection: C
             context,
             server_side=True,
             ssl_handshake_timeout=HANDSHAKE_LIMIT_S,
-            ssl_shutdown_timeout=GOODBYE_LIMIT_S,
+            ssl_shutdown_timeout=math.inf,  # it would count while the client reads; connection.py knows who is late
         )
     )
     await asyncio.sleep(0)  # now it has taken over, and begins in the next turn of the loop, before anything is read

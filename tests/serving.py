@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ class At:
     port: int
     connections: set[Any]
     """Those that are open."""
+    end: Callable[[], None]
+    """As by SIGTERM."""
 
     def connect(self) -> socket.socket:
         return socket.create_connection((self.host, self.port), timeout=LIMIT_S)
@@ -61,8 +64,8 @@ def served(
         try:
             assert listens.wait(LIMIT_S)
             host, port = listening.getsockname()[:2]
-            yield At(host, port, server.server_state.connections)
+            yield At(host, port, server.server_state.connections, lambda: server.handle_exit(signal.SIGTERM, None))
         finally:
-            server.handle_exit(15, None)
+            server.handle_exit(signal.SIGTERM, None)
             thread.join(LIMIT_S)
             assert not thread.is_alive()

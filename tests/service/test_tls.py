@@ -23,7 +23,7 @@ import pytest
 import uvloop
 from onnx import TensorProto, helper
 
-from service import handshake, http_server
+from service import connection, handshake, http_server, unread
 from service.app import create_app
 from service.asgi import Application
 from service.errors import WrongCall
@@ -39,6 +39,8 @@ Loop = Callable[[], asyncio.AbstractEventLoop]
 
 INFER = "/v2/models/wide/infer"
 LARGE = 3 * LARGE_BODY_BYTES // 4 * 4
+LARGEST = 2_000_000
+"""Of which the system takes a part."""
 
 
 def wide_model() -> onnx.ModelProto:
@@ -106,7 +108,7 @@ def received(connection: socket.socket, *wanted: bytes) -> None:
     assert buffer == b""
 
 
-@pytest.mark.parametrize("count", [3, LARGE_BODY_BYTES // 4, LARGE, 2_000_000])
+@pytest.mark.parametrize("count", [3, LARGE_BODY_BYTES // 4, LARGE, LARGEST])
 def test_bodies_of_every_size(at: At, certificate: Certificate, count: int) -> None:
     """Small ones and those that are read into their place, in turns on one connection."""
     with encrypted(at, certificate) as connection:
@@ -331,8 +333,7 @@ def hello_of(certificate: Certificate) -> bytes:
 
 def test_what_is_not_read_is_known_over_tls_too(app: Application, certificate: Certificate) -> None:
     """TLS itself says that nothing waits; what waits takes room, and leaves it."""
-    content, tensor = request_of(2_000_000)
-    assert len(tensor) > 4 * 2**20  # more than the system takes of it
+    content, tensor = request_of(LARGEST)
 
     def held(answers: int) -> bool:
         return abs(app.answers.held_bytes - answers * len(tensor)) < 0.1 * len(tensor)
@@ -340,9 +341,7 @@ def test_what_is_not_read_is_known_over_tls_too(app: Application, certificate: C
     with served(app, tls=Tls(certificate.certificate, certificate.key)) as at, ExitStack() as open_clients:
         clients = []
         for count in range(1, 5):
-            slow = open_clients.enter_context(socket.create_connection((at.host, at.port), timeout=LIMIT_S))
-            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
-            client = open_clients.enter_context(certificate.trusting().wrap_socket(slow, server_hostname=at.host))
+            client = open_clients.enter_context(reads_little(at, certificate))
             client.sendall(content)
             assert client.recv(12) == b"HTTP/1.1 200"
             until(lambda count=count: held(count))  # type: ignore[misc]
@@ -358,6 +357,66 @@ def test_what_is_not_read_is_known_over_tls_too(app: Application, certificate: C
             read = read[-64:] + clients[1].recv(2**20)
         until(lambda: held(2))
     until(lambda: held(0))
+
+
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
+@pytest.mark.parametrize("ends", ["it asked for it", "it asked for it by another way", "the service ends"])
+def test_the_last_answer_is_sent_for_as_long_as_it_is_read(
+    app: Application, certificate: Certificate, monkeypatch: pytest.MonkeyPatch, ends: str, loop: Loop
+) -> None:
+    """However long it takes; only then is the goodbye waited for."""
+    monkeypatch.setattr(connection, "GOODBYE_S", 0.2)
+    monkeypatch.setattr(http_server, "TICK_S", 0.02)
+    headers = {"it asked for it": ["connection: close"], "the service ends": []}
+    content, tensor = request_of(LARGEST, *headers.get(ends, ["connection: close", "expect: 100-continue"]))
+    with (
+        served(app, tls=Tls(certificate.certificate, certificate.key), loop_factory=loop) as at,
+        reads_little(at, certificate) as slow,
+    ):
+        slow.sendall(content)
+        read = slow.recv(1)
+        if ends == "the service ends":
+            at.end()
+        until_s = time.monotonic() + 1
+        while time.monotonic() < until_s:
+            read += slow.recv(2**16)
+            time.sleep(0.02)
+        assert len(read) < len(tensor) / 2, "it was slow"
+        assert len(at.connections) == 1
+        while chunk := slow.recv(2**20):
+            read += chunk
+        assert read.endswith(tensor)
+        until(lambda: not at.connections)
+
+
+def test_who_does_not_say_goodbye_is_not_waited_for(
+    app: Application, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is who does not read; and neither before its time."""
+    monkeypatch.setattr(http_server, "TICK_S", 0.02)
+    monkeypatch.setattr(connection, "GOODBYE_S", 0.5)
+    monkeypatch.setattr(unread, "UNREAD_S", 1.0)
+    small, large = (request_of(count, "connection: close")[0] for count in (3, LARGEST))
+    with (
+        served(app, tls=Tls(certificate.certificate, certificate.key)) as at,
+        reads_little(at, certificate) as silent,
+        reads_little(at, certificate) as does_not_read,
+    ):
+        silent.sendall(small)
+        does_not_read.sendall(large)
+        assert silent.recv(12) == does_not_read.recv(12) == b"HTTP/1.1 200"
+        asked_s = time.monotonic()
+        until(lambda: len(at.connections) == 1)
+        assert 0.4 < time.monotonic() - asked_s < 0.9
+        until(lambda: len(at.connections) == 0)
+        assert time.monotonic() - asked_s > 0.9
+
+
+def reads_little(at: At, certificate: Certificate) -> ssl.SSLSocket:
+    """At a time."""
+    slow = socket.create_connection((at.host, at.port), timeout=LIMIT_S)
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+    return certificate.trusting().wrap_socket(slow, server_hostname=at.host)
 
 
 def until(true: Callable[[], bool]) -> None:
