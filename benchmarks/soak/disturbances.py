@@ -26,7 +26,7 @@ from benchmarks.graphs import dense
 TURNED = "turned"
 """A model `y = version * x`, so that an answer tells which version gave it."""
 
-RELOAD_S, KILL_EVERY_S, BURST_EVERY_S, BURST_S, SAMPLE_S = 5.0, 20.0, 20.0, 3.0, 2.0
+RELOAD_S, KILL_EVERY_S, BURST_EVERY_S, BURST_S, SAMPLE_S = 5.0, 20.0, 20.0, 3.0, 1.0
 BURST = "burst"
 BURST_CONNECTIONS, BURST_ROWS, BURST_WIDTHS = 100, 64, (30, 2000, 2000, 2)
 RIGHT = frozenset({200, 429})

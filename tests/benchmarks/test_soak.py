@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from benchmarks.chaos.chaos import POOL_THREADS
@@ -93,6 +94,21 @@ def test_what_a_process_may_not_do(last: Holding, requests: int, fault: str | No
     samples = [sample(0, 0, holding(WORKER)), sample(10, 0, holding(WORKER)), sample(20, requests, last)]
     found = report(samples=samples).faults
     assert [fault in said for said in found] == [True] if fault else found == []
+
+
+@pytest.mark.parametrize(("slope_mb", "share"), [(0.5, 0), (10, 1)])
+def test_chance_is_no_fault_and_a_leak_is(slope_mb: float, share: float) -> None:
+    """In five minutes: 100 samples of 120,000 requests, up and down by 3 MB as they are."""
+    noise, runs = np.random.default_rng(7), 500
+    at_s, asked = np.linspace(10, 110, 100), np.linspace(0, 120_000, 100).astype(int)
+    found = 0
+    for _ in range(runs):
+        held_mb = 140 + slope_mb * asked / 100_000 + noise.normal(0, 3, 100)
+        samples = [
+            sample(*at, holding(WORKER, own_mb=mb)) for *at, mb in zip(at_s, asked.tolist(), held_mb, strict=True)
+        ]
+        found += bool(report(samples=[samples[0], *samples]).faults)
+    assert found == share * runs
 
 
 def test_a_slope_is_as_certain_as_the_points_are_close_to_it() -> None:
