@@ -38,8 +38,8 @@ LAST_VERSION_S = 60.0
 
 CONNECTIONS = 20
 CERTAIN = 4.0
-"""Standard errors by which a growth has to be beyond what is allowed: what a process holds goes up and down by 3 MB, and
-several are judged in each of many runs."""
+"""Standard errors by which a growth has to be beyond what is allowed: what a process holds goes up and down by 3 MB,
+and several are judged in each of many runs."""
 
 SLOPE_MB = 1.0
 """The most that a process may grow in 100,000 requests to the service, where there were so many; else `GROWTH_MB`."""
