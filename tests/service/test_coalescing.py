@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service.coalescing import ALWAYS_WAIT, Coalescer, Computed, plan
-from service.errors import ClientLeft, DeadlineExceeded, QueueFull, RowsRejected
+from service.errors import ClientLeft, DeadlineExceeded, QueueFull, RowsRejected, ServerFull
 from service.settings import Settings
 from service.signature import Accepted
 from service.statistics import Statistics
@@ -33,6 +33,7 @@ def submitted(
     alone: bool = False,
     expires_ns: int | None = None,
     gone: Callable[[], bool] | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> asyncio.Future[Computed]:
     """What is told, as a future; cancelling it is leaving."""
     answer: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
@@ -46,7 +47,12 @@ def submitted(
             answer.set_exception(computed.error)
 
     coalescer.submit(
-        rows, tell, alone=alone, expires_ns=expires_ns, gone=lambda: answer.done() or (gone is not None and gone())
+        rows,
+        tell,
+        alone=alone,
+        expires_ns=expires_ns,
+        gone=lambda: answer.done() or (gone is not None and gone()),
+        begin=begin,
     )
     return answer
 
@@ -106,6 +112,27 @@ def test_a_lone_request_never_waits() -> None:
         assert answer.done()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("inline", [True, False])
+def test_who_may_not_begin_is_told_and_not_computed(alone: bool, inline: bool) -> None:
+    """And spoils no batch."""
+    runtime = FakeRuntime()
+
+    def refused() -> None:
+        raise ServerFull(called="answers", held_bytes=1, max_bytes=1)
+
+    async def scenario() -> None:
+        coalescer = Coalescer(runtime, max_rows=64, inline_rows=64 if inline else 0)
+        answer = submitted(coalescer, accepted(1), alone=alone, begin=refused)
+        other = submitted(coalescer, accepted(2), begin=lambda: None)
+        assert float((await other).outputs[0][0, 0]) == 4
+        with pytest.raises(ServerFull):
+            await answer
+
+    asyncio.run(scenario())
+    assert runtime.batches == [1]
 
 
 def test_a_model_that_mixing_would_change_never_mixes() -> None:
