@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from service.signature import TensorSpec
 
+STUCK_LIMIT_S = 10.0
+
 
 @final
 class FakeRuntime:
@@ -29,6 +31,9 @@ class FakeRuntime:
         self.ran_on: set[int] = set()
         self.started = threading.Event()
         """Set when the first batch has begun."""
+        self.comes_back = threading.Event()
+        """Clear it, and no run ends until it is set again, or what waits for that has to be let go of."""
+        self.comes_back.set()
         self.run_s = run_s
         self._chokes_on = chokes_on
         self._stop = threading.Event()
@@ -44,6 +49,7 @@ class FakeRuntime:
         self.ran_on.add(threading.get_ident())
         if self._stop.wait(self.run_s):
             raise RuntimeError("stopped")
+        self.comes_back.wait(STUCK_LIMIT_S)
         if self._chokes_on is not None and (x == self._chokes_on).any():
             raise RuntimeError(f"cannot compute {self._chokes_on}")
         return [x * np.float32(2)]
