@@ -28,6 +28,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from time import perf_counter_ns
 from typing import Any, final
 
@@ -220,7 +221,7 @@ class Coalescer:
                 self._run_inline([request])
             return
         request.bytes = sum([tensor.nbytes for tensor in accepted.tensors])
-        self._check_room(request)
+        self.check_room(accepted.rows, request.bytes, math.inf if expires_ns is None else expires_ns - request.since_ns)
         self._enter(request if accepted.rows <= self._slice_rows else self._first_slice(request))
         if expires_ns is not None and expires_ns < self._alarm_ns and expires_ns - request.since_ns <= LITTLE_TIME_NS:
             self._set_alarm(expires_ns)
@@ -285,10 +286,19 @@ class Coalescer:
         if left_ns := [it for it in times_ns if it is not None and now_ns < it < now_ns + LITTLE_TIME_NS]:
             self._set_alarm(min(left_ns))
 
-    def _check_room(self, request: Computed) -> None:
+    def check_room(self, rows: int = 1, size: int = 0, time_ns: float = math.inf) -> None:
+        """Whether a request may wait: whoever is refused before it was read cost little.
+
+        Args:
+            rows, size: of its tensors in bytes; by default the least that it may have.
+            time_ns: that it has.
+
+        Raises:
+            QueueFull: it would wait too long, or take too much of the memory that waiting may take.
+        """
         if self._waiting:
             wait_ns = self._waiting_rows * self._row_ns
-            if bound := self._bound_hit(request, request.accepted.rows, request.bytes, wait_ns):
+            if bound := self._bound_hit(rows, size, time_ns, wait_ns):
                 raise QueueFull(rows=self._waiting_rows, wait_s=wait_ns / 1e9, bound=bound)
 
     def _enter(self, request: Computed) -> None:
@@ -296,13 +306,13 @@ class Coalescer:
         self._waiting_rows += request.accepted.rows
         self._waiting_bytes += request.bytes
 
-    def _bound_hit(self, request: Computed, rows: int, size: int, wait_ns: float) -> str:
+    def _bound_hit(self, rows: int, size: int, time_ns: float, wait_ns: float) -> str:
         """What keeps a request from joining those who wait, in words; empty: nothing does."""
         if self._waiting_rows + rows > self._max_waiting_rows:
             return f"at most {self._max_waiting_rows} rows may wait"
         if self._waiting_bytes + size > self._max_waiting_bytes:
             return f"at most {self._max_waiting_bytes} bytes may wait"
-        if request.expires_ns is not None and request.since_ns + wait_ns > request.expires_ns:
+        if wait_ns > time_ns:
             return (
                 "the time of this request ('timeout' in it, or else the setting 'timeout_s') would pass while it waits"
             )
@@ -334,23 +344,35 @@ class Coalescer:
         _answer(batch)
 
     def _run_in_thread(self, batch: Sequence[Computed]) -> None:
-        def finish(_: object) -> None:
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            try:
+                self._compute(batch)
+            finally:
+                with suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(finish)  # by the way of a future it takes two turns of the loop
+
+        def finish() -> None:
             self._in_thread, self._unwanted_since_ns = (), None
             _answer(batch)
-            self._go_on()
+            if self._waiting_rows >= self._max_rows:  # more cannot join, and a turn is long when many are refused
+                self._run_next()
+            else:
+                self._go_on()
 
         if self._thread is None:
             self._thread = own_thread("model")
         try:
-            run = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, batch)
+            self._thread.submit(run)
         except RuntimeError as error:  # the system gives no more threads
             self._thread = None  # it would run this batch with the next
             for request in batch:
                 request.error = error
-            finish(None)
+            _answer(batch)
+            self._go_on()
         else:
             self._in_thread = batch
-            run.add_done_callback(finish)
 
     def _go_on(self) -> None:
         if self._waiting:

@@ -157,6 +157,7 @@ class Predictions:
             check_content_type(headers, binary=route.binary)
             live = self._repository.only() if route.model is None else self._repository.live(route.model, route.version)
             prediction.live = live
+            live.coalescer.check_room()
             json_bytes = _json_bytes(headers, len(body)) if route.binary else None
             if len(body) >= LARGE_BYTES and _takes_long(live, body, json_bytes):
                 held = Held(self._bodies)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from service import coalescing
 from service.coalescing import ALWAYS_WAIT, Coalescer, Computed, plan
 from service.errors import ClientLeft, DeadlineExceeded, QueueFull, RowsRejected, ServerFull
 from service.settings import Settings
@@ -133,6 +135,32 @@ def test_who_may_not_begin_is_told_and_not_computed(alone: bool, inline: bool) -
 
     asyncio.run(scenario())
     assert runtime.batches == [1]
+
+
+def test_a_full_batch_does_not_wait_for_the_turn_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where many are refused a turn is long, and the engine would rest."""
+    happened: list[str] = []
+
+    class Noting(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            happened.append("a batch begins")
+            return super().submit(*args, **kwargs)
+
+    monkeypatch.setattr(coalescing, "own_thread", lambda name: Noting(1))
+
+    async def scenario() -> None:
+        coalescer = Coalescer(FakeRuntime(), max_rows=1, inline_rows=0)
+        loop = asyncio.get_running_loop()
+
+        def tell(_: Computed) -> None:
+            loop.call_soon(happened.append, "a turn begins")
+
+        for _ in range(3):
+            coalescer.submit(accepted(1), tell)
+        await submitted(coalescer, accepted(1))
+
+    asyncio.run(scenario())
+    assert happened[:5] == ["a batch begins", "a batch begins", "a turn begins", "a batch begins", "a turn begins"]
 
 
 def test_a_model_that_mixing_would_change_never_mixes() -> None:

@@ -23,7 +23,7 @@ PATH = "/v2/models/norm/infer"
 
 @pytest.mark.parametrize("chunks", [None, [1]], ids=["short", "asgi"])
 def test_who_finds_the_queue_full_is_told_when_to_come_again(tmp_path: Path, chunks: list[int] | None) -> None:
-    """429 at once, with Retry-After; nothing of it is computed, and those who wait are answered."""
+    """429 at once, with Retry-After; nothing of it is computed, or even read, and those who wait are answered."""
     save(tmp_path, "norm", graphs.batchnorm_model())
     live = load(tmp_path, place("cpu"), Settings(threads=1)).live("norm")
     runtime = Held()
@@ -38,6 +38,7 @@ def test_who_finds_the_queue_full_is_told_when_to_come_again(tmp_path: Path, chu
         waits.send_apart(ask)
         served.until(lambda: live.coalescer.waiting_rows == 1)
         refused = late.ask(ask)
+        assert late.ask(message(PATH, b"no JSON", chunks=chunks)).status == 429
         runtime.let_go.set()
         assert {runs.answer().status, waits.answer().status} == {200}
         assert (refused.status, refused.said["code"]) == (429, "queue_full")
