@@ -163,7 +163,7 @@ class Connection(HttpToolsProtocol):
         self._carrier: asyncio.Transport | None = None
         """What carries the transport, if that is TLS."""
         self._hurries = False
-        """The process ends."""
+        """The process ends, and it was told."""
         self._unparsed = _NOTHING
         """What is here and is parsed when those before it are answered."""
         self._parsing = False
@@ -541,25 +541,41 @@ class Connection(HttpToolsProtocol):
 
     @property
     def idle_until_s(self) -> float:
-        """When it is let go of if nothing comes; infinite if something has begun."""
-        idle = not (self._reading or self._owed or self._ended or self._unread.unsent_bytes)
-        return self._deadline_s if idle else math.inf
+        """When it is let go of if nothing comes; infinite if something has begun, long past if it is closed and waits
+        for a goodbye only."""
+        if self._unread.unsent_bytes:
+            return math.inf
+        if self.transport.is_closing():
+            return -math.inf
+        return math.inf if self._reading or self._owed or self._ended else self._deadline_s
+
+    def give_place(self) -> None:
+        """To another, as nothing has begun: gently, and where that was tried, at once."""
+        if self.transport.is_closing():
+            self.cut()
+        else:
+            self.transport.close()
+
+    def cut(self) -> None:
+        """Over TLS what carries it, which ends in whatever state TLS is."""
+        (self._carrier or self.transport).abort()
 
     def close_if_late(self) -> bool:
         """Let go of a client that has not kept its deadline; whether it lost an answer that it did not read."""
         now_s = self.loop.time()
         if self._unread.unsent_bytes:
-            if self._unread.is_late(now_s, hurry=self._application.answers.turned_away or self._hurries):
-                self.transport.abort()
-                return True
-        elif not self.transport.is_closing():
-            self._unread.rest(now_s)
+            late = self._unread.is_late(now_s, hurry=self._application.answers.turned_away or self._hurries)
+            if late:
+                self.cut()
+            return late
+        self._unread.rest(now_s)
+        if not self.transport.is_closing():
             if now_s > self._deadline_s:
                 if self._reading and (self._owed or not self._head_read):  # else it was answered before it was here
                     self._refuse(RequestTooSlow())
                 self.transport.close()
         elif now_s > self._goodbye_until_s:
-            self.transport.abort()
+            self.cut()
         else:
             self._goodbye_until_s = min(self._goodbye_until_s, now_s + GOODBYE_S)
         return False
@@ -584,7 +600,10 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
     def shutdown(self) -> None:
-        """Close after what is owed; a request that has begun, and a first one, may still arrive."""
+        """Close after what is owed; a request that has begun, and a first one, may still arrive. To be called again for
+        those that come meanwhile."""
+        if self._hurries:
+            return
         self._hurries = True
         if self._ended:
             return

@@ -29,6 +29,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from types import FrameType
 from typing import Any, cast, final
 
@@ -192,13 +193,19 @@ class Server(uvicorn.Server):
                     _log.exception("what is looked after once a second failed; it is tried again, and not said again")
 
     def _let_late_go(self) -> None:
-        try:
-            cut = sum([connection.close_if_late() for connection in self._connections])
-        finally:
-            self._app.answers.turned_away = False
+        cut, failed = 0, None
+        for connection in self._connections:
+            try:
+                cut += connection.close_if_late()
+            except Exception as error:  # the others are let go of all the same
+                connection.cut()
+                failed = error
+        self._app.answers.turned_away = False
         if cut:
             self._cut += cut
             _log.warning("%d connections were cut: their clients did not read what was answered", cut)
+        if failed is not None:
+            raise failed
 
     def _read_again(self) -> None:
         if self._tls is not None:
@@ -226,19 +233,21 @@ class Server(uvicorn.Server):
         if self._connecting:
             await asyncio.wait(self._connecting, timeout=CONNECTING_LIMIT_S)
         await asyncio.sleep(DRAIN_TICK_S)  # what has arrived is read before its connection is taken for an idle one
-        for connection in self._connections:
-            connection.shutdown()
         end_s, cut_before = loop.time() + DRAIN_LIMIT_S, self._cut
-        while self.server_state.connections and not self.force_exit and loop.time() < end_s:
+        while self._connections_told() and not self.force_exit and loop.time() < end_s:
             await asyncio.sleep(DRAIN_TICK_S)
             self._look_after()
-        left, who = len(self._connections), "all who read" if self._cut > cut_before else "all"
-        _log.info("%s", f"{left} connections are cut" if left else f"{who} were answered")
+        if left := len(self._connections):
+            _log.warning(
+                "%d connections are cut: what they were to be answered was not ready or not read in time", left
+            )
+        else:
+            _log.info("%s were answered", "all who read" if self._cut > cut_before else "all")
         for connection in self._connections:
             connection.give_up()
         await asyncio.sleep(DRAIN_TICK_S)
         for connection in self._connections:
-            connection.transport.abort()
+            connection.cut()
         hurries, self.force_exit = self.force_exit, False  # uvicorn would cancel what the application does at its end
         await super().shutdown()
         if not await self._threads_end(0.0 if hurries else end_s):
@@ -259,6 +268,13 @@ class Server(uvicorn.Server):
     def _end_threads(self) -> None:
         self._threads.shutdown()
         wait_for_threads()
+
+    def _connections_told(self) -> list[Connection]:
+        """Of the end, also those whose TLS handshake comes to its own only now."""
+        connections = self._connections
+        for connection in connections:
+            connection.shutdown()
+        return connections
 
     @property
     def _connections(self) -> list[Connection]:
@@ -291,10 +307,10 @@ class Server(uvicorn.Server):
     def _make_room(self) -> None:
         """Of the connections that are idle, those go that would go first anyhow: a few at once, for they are looked for
         among all."""
-        idle = [one for one in self._connections if one.idle_until_s < math.inf]
+        idle = [(until_s, one) for one in self._connections if (until_s := one.idle_until_s) < math.inf]
         few = max(1, len(self.server_state.connections) // _ROOM_OF)
-        for connection in heapq.nsmallest(few, idle, key=lambda one: one.idle_until_s):
-            connection.transport.close()
+        for _, connection in heapq.nsmallest(few, idle, key=itemgetter(0)):
+            connection.give_place()
 
     async def _connect(self, taken: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -22,7 +22,7 @@ import orjson
 
 LogFormat = Literal["auto", "text", "json"]
 
-SELDOM = ("opentelemetry",)
+SELDOM = ("opentelemetry", "asyncio")
 SELDOM_S = 60.0
 _NUMBER = re.compile(r"[\d.]+")
 
@@ -70,7 +70,7 @@ def _writers() -> list[Writer]:
 
 @final
 class Seldom(logging.Filter):
-    """What a library says again and again, such as that its collector is not there, is said once a minute."""
+    """What a library says again and again, such as that a collector is not there, is said once a minute."""
 
     def __init__(self, library: str) -> None:
         super().__init__(library)

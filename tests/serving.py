@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,11 +50,12 @@ def served(
     app: Application,
     *,
     tls: Tls | None = None,
+    max_connections: int = sys.maxsize,
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> Iterator[At]:
     listens = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = Server(app, listens.set, tls=tls)
+        server = Server(app, listens.set, max_connections=max_connections, tls=tls)
 
         def serve() -> None:
             with asyncio.Runner(loop_factory=loop_factory or auto_loop_factory()) as runner:

@@ -105,14 +105,12 @@ def killed(server: Server, clients: Sequence[Client]) -> Kill:
     """
     worker = min(_asked(server), key=psutil.Process.create_time)
     before = _restarts_and_workers(server.port)
-    answered, seen = _answered(clients), [len(client.lost) for client in clients]
+    seen = [len(client.lost) for client in clients]
     worker.suspend()  # it takes no more connections, so that what it has is what it loses
     while worker.status() != psutil.STATUS_STOPPED:
         time.sleep(0)
-    held = _ports(worker)
-    began_s = (
-        time.monotonic()
-    )  # only now: with thousands of closed connections these take up to a second to look through
+    held, answered = _ports(worker), _answered(clients)
+    began_s = time.monotonic()  # only now: connections are looked for for a second where thousands are closing
     worker.kill()
     while not _recovered(server.port, before):
         if time.monotonic() - began_s > RECOVERY_LIMIT_S:
