@@ -35,7 +35,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import ClientLeft, DeadlineExceeded, QueueFull, RowsRejected
+from service.errors import TIME, ClientLeft, DeadlineExceeded, QueueFull, RowsRejected
 from service.runtime import Runtime
 from service.signature import Accepted
 from service.statistics import Statistics
@@ -313,9 +313,7 @@ class Coalescer:
         if self._waiting_bytes + size > self._max_waiting_bytes:
             return f"at most {self._max_waiting_bytes} bytes may wait"
         if wait_ns > time_ns:
-            return (
-                "the time of this request ('timeout' in it, or else the setting 'timeout_s') would pass while it waits"
-            )
+            return f"{TIME} would pass while it waits"
         if wait_ns > self._max_wait_s * 1e9 and len(self._waiting) >= ALWAYS_WAIT:
             return f"no request may wait longer than {self._max_wait_s:g} s"
         return ""

@@ -439,7 +439,7 @@ class NotReady(RequestError):
     code = "not_ready"
 
 
-_TIME = "the time of this request ('timeout' in it, or else the setting 'timeout_s')"
+TIME = "the time of this request ('timeout' in it, in microseconds, or else the setting 'timeout_s')"
 
 
 class DeadlineExceeded(RequestError):
@@ -454,9 +454,9 @@ class DeadlineExceeded(RequestError):
             began: some of it was computed, or was being computed.
         """
         super().__init__(
-            f"{_TIME} passed while it was computed; send fewer rows at a time, or give it longer"
+            f"{TIME} passed while it was computed; send fewer rows at a time, or give it longer"
             if began
-            else f"{_TIME} passed while it waited, so it was not computed; send it again later"
+            else f"{TIME} passed while it waited, so it was not computed; send it again later"
         )
 
 

@@ -242,15 +242,17 @@ def _operation(
     description: str,
     schemas: tuple[str, str],
 ) -> Schema:
-    """An operation whose examples are a request and the answer that this model really gives to it, if JSON can hold
+    """An operation whose examples are a request and the answer that this model really gives to it, where JSON can hold
     them and they are not too large."""
     asked, answered = {}, {}
     body = orjson.dumps(example)
     if len(body) <= LARGEST_EXAMPLE_BYTES:
         with suppress(NeedsBinary):
             request = parse(live, body, None)
-            answer = orjson.loads(request.render(live.admitted.runtime.run(request.accepted.tensors))[0])
-            asked, answered = {"example": example}, {"example": answer}
+            answer = request.render(live.admitted.runtime.run(request.accepted.tensors))[0]
+            asked = {"example": example}
+            if len(answer) <= LARGEST_EXAMPLE_BYTES:
+                answered = {"example": orjson.loads(answer)}
     asks, answers = ({"$ref": f"#/components/schemas/{name}"} for name in schemas)
     return {
         "operationId": operation_id,
@@ -331,6 +333,16 @@ def _infer_request(live: Live) -> Schema:
         "required": ["inputs"],
         "properties": {
             "id": {"type": "string", "description": "echoed in the answer"},
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    v2.TIMEOUT_US: {
+                        "type": "integer",
+                        "minimum": 0,
+                        "description": "microseconds that the answer is waited for; 0: as the service is set",
+                    }
+                },
+            },
             "inputs": {"type": "array", "items": {"oneOf": [_tensor(spec, "data") for spec in signature.inputs]}},
             "outputs": {
                 "type": "array",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
@@ -26,6 +27,13 @@ def image_model() -> onnx.ModelProto:
     return graphs.model(nodes, {}, x=(TensorProto.FLOAT, ["batch", 3, 96, 96]), y=["batch", 3])
 
 
+def many_model() -> onnx.ModelProto:
+    """Little goes in and much comes out."""
+    weight = np.ones((1, LARGEST_EXAMPLE_BYTES), np.float32)
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    return graphs.model([node], {"w": weight}, x=(TensorProto.FLOAT, ["batch", 1]), y=["batch", weight.size])
+
+
 @pytest.fixture(scope="module", params=["one model", "several"])
 def repository(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Repository:
     models = tmp_path_factory.mktemp("models")
@@ -36,6 +44,7 @@ def repository(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         save(models, "halves", identity_model({"x": ("FP16", ["batch", 3])}))
         save(models, "words", identity_model({"x": ("BYTES", ["batch", 2])}))
         save(models, "pixels", image_model())
+        save(models, "many", many_model())
     return loaded(models)
 
 
@@ -131,6 +140,9 @@ def test_what_no_json_can_hold_or_nobody_reads_is_no_example(repository: Reposit
         path for _, path, operation in operations(document) if "/infer" in path and example_of(operation) is None
     ]
     assert without == ["/v2/models/halves/infer", "/v2/models/pixels/infer"]
+    many = document["paths"]["/v2/models/many/infer"]["post"]
+    assert example_of(many) is not None
+    assert "example" not in many["responses"]["200"]["content"]["application/json"]
     assert len(ask(repository, "GET", "/openapi.json").content) < 8 * LARGEST_EXAMPLE_BYTES
 
 
