@@ -203,7 +203,8 @@ def _infer_description(live: Live) -> str:
         f"alias is asked at `/v2/models/{live.name}/versions/VERSION/infer`.\n\n"
         "Binary tensors follow the JSON in the order in which they stand in it; each has `binary_data_size` in its "
         "parameters in place of `data`, and the header `Inference-Header-Content-Length` is the length of the JSON. "
-        "Outputs come so with `binary_data`."
+        "Outputs come so with `binary_data`.\n\n"
+        f"With `{v2.TIMEOUT_US}` in the parameters of the request, in microseconds, it is not computed after that, and 504."
     )
 
 
@@ -333,16 +334,6 @@ def _infer_request(live: Live) -> Schema:
         "required": ["inputs"],
         "properties": {
             "id": {"type": "string", "description": "echoed in the answer"},
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    v2.TIMEOUT_US: {
-                        "type": "integer",
-                        "minimum": 0,
-                        "description": "microseconds that the answer is waited for; 0: as the service is set",
-                    }
-                },
-            },
             "inputs": {"type": "array", "items": {"oneOf": [_tensor(spec, "data") for spec in signature.inputs]}},
             "outputs": {
                 "type": "array",
