@@ -29,7 +29,7 @@ def serve_alone(path: Path, settings: Settings, listening: socket.socket) -> Non
     repository = loaded(path, settings)
     host, port = listening.getsockname()[:2]
     said = announcement(repository, host, port, settings)
-    crew = Alone(repository)
+    crew = Alone(repository, watcher.reading)
     watching: list[asyncio.Task[None]] = []
 
     def begin() -> None:

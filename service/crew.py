@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol, final
 
 from service import aliases
@@ -64,8 +64,13 @@ class Crew(Protocol):
 class Alone:
     """A crew of one process."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, watched: Callable[[], Reading] = list) -> None:
+        """
+        Args:
+            watched: what is known of the folder that the models come from.
+        """
         self._repository = repository
+        self._watched = watched
         self._turns = Turns()
         self._loads = Loads()
         self._loads.begin(repository.entries)
@@ -103,4 +108,4 @@ class Alone:
         return summed(live.statistics.document(name=live.name, version=live.version) for live in lives)
 
     async def reading(self) -> Reading:
-        return joined([reading_of(self._repository), self._loads.reading()])
+        return joined([reading_of(self._repository), self._loads.reading(), self._watched()])

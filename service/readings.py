@@ -93,6 +93,9 @@ FAMILIES: dict[str, Family] = {
         labels=("model", "result"),
         help="How often a model was looked at, at the start, by request or since it changed, and what came of it.",
     ),
+    "evalmode_unreadable_folders": Family(
+        kind="gauge", help="Folders of models that cannot be looked at now; what was served of them goes on."
+    ),
     "evalmode_worker_restarts": Family(kind="counter", help="Workers that ended and were replaced."),
     "evalmode_workers": Family(kind="gauge", help="Processes that serve."),
     "evalmode_log_lines_lost": Family(

@@ -42,6 +42,7 @@ from service.places import (
     safe_name,
     version_called,
 )
+from service.readings import Reading
 
 Key = tuple[str, str]
 """Model and version."""
@@ -229,6 +230,9 @@ class Watcher:
         first = look(path, called=called, kind=self._kind) if every_s else Seen()
         self._misplaced = self._misplaced_and_told = first.misplaced
         self._watch = Watch(first)
+
+    def reading(self) -> Reading:
+        return [("evalmode_unreadable_folders", (), len(self._unreadable))]
 
     async def run(self, load: Load) -> None:
         """Has `load` done whatever is new, until cancelled."""

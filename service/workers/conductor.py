@@ -12,7 +12,7 @@ Rule 3: who asks gets the answer when all have done it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from itertools import groupby
 from typing import Any, final
@@ -40,7 +40,12 @@ NOBODY_LEFT = "the workers died; others take their place, so send it again"
 class Conductor:
     """Knows what is served, and asks the workers; each is known by its channel."""
 
-    def __init__(self) -> None:
+    def __init__(self, watched: Callable[[], Reading] = list) -> None:
+        """
+        Args:
+            watched: what is known of the folder that the models come from.
+        """
+        self._watched = watched
         self.workers: set[Channel] = set()
         """Those that serve."""
         self._decided = asyncio.Event()
@@ -200,7 +205,7 @@ class Conductor:
 
         await asyncio.gather(*map(hear, self.workers))
         own: Reading = [("evalmode_worker_restarts", (), self.restarts), *process_reading()]
-        return joined([self._readings.total(), self._loads.reading(), own])
+        return joined([self._readings.total(), self._loads.reading(), self._watched(), own])
 
     def _forget_counts(self, model: str, kept: Collection[str] = ()) -> None:
         self._changes += 1

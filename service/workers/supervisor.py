@@ -61,7 +61,9 @@ class Supervisor:
         self._listening = listening
         self._path = path
         self._facts = {"path": str(path), "kind": layout_at(path), "settings": settings.model_dump(mode="json")}
-        self._conductor = Conductor()
+        self._watcher = Watcher(path, every_s=settings.reload_s, called=settings.name)
+        """Here and not in the workers: what all load is the same."""
+        self._conductor = Conductor(self._watcher.reading)
         self._workers: set[Process] = set()
         self._spare = Spare(self._started, self._dismissed)
         self._announced = False
@@ -112,10 +114,8 @@ class Supervisor:
             raise Refused(f"{self._unfinished} of the workers ended without finishing what they had; the log says why")
 
     async def _watch(self) -> None:
-        """Here and not in the workers: what all load is the same."""
-        watcher = Watcher(self._path, every_s=self._settings.reload_s, called=self._settings.name)
         await self._conductor.decision()
-        await watcher.run(self._conductor.load)
+        await self._watcher.run(self._conductor.load)
 
     async def _keep(self, place: int) -> None:
         """Start a worker at this place, and another one whenever it ends.

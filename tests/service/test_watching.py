@@ -227,7 +227,7 @@ class House:
         self.models = models
         self.watcher = Watcher(models, every_s=EVERY_S)
         self.repository: Repository = load(models, place("cpu"), settings)
-        self.crew = Alone(self.repository)
+        self.crew = Alone(self.repository, self.watcher.reading)
         self.loads: list[tuple[str, set[str]]] = []
 
     async def load(self, model: str, versions: Collection[str] | None = None) -> None:
@@ -356,11 +356,13 @@ def test_a_folder_that_vanishes_is_said_once(tmp_path: Path, caplog: pytest.LogC
         await house.until(lambda: "cannot be read" in caplog.text)
         await house.several_looks()
         assert caplog.text.count("cannot be read: No such file or directory; what was served goes on") == 1
+        assert await house.metric("evalmode_unreadable_folders") == 1
         assert house.repository.only() is serving
         write_table_bundle(tmp_path / "unmounted", name="table", version="2")
         (tmp_path / "unmounted").rename(models)
         await house.until(lambda: house.repository.only().version == "2")
         assert caplog.text.count("can be read again") == 1
+        assert await house.metric("evalmode_unreadable_folders") == 0
 
     with caplog.at_level(logging.WARNING):
         watched(models, scenario)
