@@ -15,10 +15,13 @@ import export.audit
 from export.audit import RULES
 from service import errors
 from service.app import create_app
+from service.bodies import RATE_BYTES_S
+from service.connection import BEGIN_S
 from service.errors import RequestError
 from service.repository import Repository
 from service.runtime import place
 from service.settings import Settings
+from service.unread import HURRIED_S, UNREAD_S
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,6 +60,20 @@ def test_every_route_is_in_the_readme() -> None:
     assert len(documented) >= 7
     for path in documented:
         assert path.replace("{model}", "{m}") in README, path
+
+
+def test_how_long_a_client_is_waited_for() -> None:
+    """Line breaks aside."""
+    said = " ".join(README.split())
+    assert f"here {BEGIN_S:g} s after it began, and a second more for each {RATE_BYTES_S // 1024} KiB" in said
+    assert f"given up after {UNREAD_S:g} s, or after {HURRIED_S:g} s while others need the room" in said
+
+
+def test_the_alerts_are_counted() -> None:
+    rules = (ROOT / "deploy" / "prometheus" / "rules.yml").read_text(encoding="utf-8")
+    count = ["eleven", "twelve", "thirteen", "fourteen"][rules.count("- alert:") - 11]
+    assert f"has {count} alerts" in README
+    assert f"for the {count} alerts" in (ROOT / "deploy" / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_make_target_in_the_readme_exists() -> None:
