@@ -169,7 +169,9 @@ def check_count(spec: TensorSpec, count: int, shape: Sequence[int]) -> None:
     """
     if count != math.prod(shape):
         raise ShapeMismatch(
-            tensor=spec.name, got=f"{count} values for shape {list(shape)}", want=f"{math.prod(shape)} for that shape"
+            tensor=spec.name,
+            got=f"{count} values for shape {list(shape)}, which has {math.prod(shape)}",
+            want=f"shape {list(spec.shape)}",
         )
 
 

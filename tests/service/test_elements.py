@@ -248,11 +248,11 @@ def test_a_value_of_another_type_is_named_with_its_place(
 @pytest.mark.parametrize(
     ("data", "shape", "sentence"),
     [
-        ([1, 2, 3], [2, 2], "has 3 values for shape [2, 2]; the model takes 4 for that shape"),
-        ([1, 2, 3, 4, 5], [2, 2], "has 5 values for shape [2, 2]; the model takes 4 for that shape"),
-        ([], [1], "has 0 values for shape [1]; the model takes 1 for that shape"),
-        ([1], [0], "has 1 values for shape [0]; the model takes 0 for that shape"),
-        ([], [], "has 0 values for shape []; the model takes 1 for that shape"),
+        ([1, 2, 3], [2, 2], "has 3 values for shape [2, 2], which has 4; the model takes shape ["),
+        ([1, 2, 3, 4, 5], [2, 2], "has 5 values for shape [2, 2], which has 4; the model takes shape ["),
+        ([], [1], "has 0 values for shape [1], which has 1; the model takes shape ["),
+        ([1], [0], "has 1 values for shape [0], which has 0; the model takes shape ["),
+        ([], [], "has 0 values for shape [], which has 1; the model takes shape ["),
         ([[1, 2], [3]], [2, 2], "ragged data: not only lists of 2 at depth 2"),
         ([[1, 2], [3, 4, 5]], [2, 2], "ragged data: not only lists of 2 at depth 2"),
         ([[1, 2, 3], [4]], [2, 2], "ragged data: not only lists of 2 at depth 2"),

@@ -341,7 +341,7 @@ def test_outputs_that_are_asked_for_are_answered(several: Repository) -> None:
         ({"inputs": [{"name": "x", **X}] * 2}, "bad_request", "given twice"),
         (x(datatype="FP64"), "datatype_mismatch", "datatype FP64; the model takes FP32"),
         (x(datatype=None), "datatype_mismatch", "the model takes FP32"),
-        (x(shape=[2, 4]), "shape_mismatch", "6 values for shape [2, 4]; the model takes 8"),
+        (x(shape=[2, 4]), "shape_mismatch", "6 values for shape [2, 4], which has 8; the model takes shape [-1, 3]"),
         (x(shape=[1, 6]), "shape_mismatch", "shape [1, 6]; the model takes [-1, 3]"),
         (x(shape=[6]), "shape_mismatch", "shape [6]; the model takes [-1, 3]"),
         (x(shape=[-2, -3]), "wrong_type", "a list of non-negative integers"),
