@@ -238,9 +238,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(DRAIN_TICK_S)
             self._look_after()
         if left := len(self._connections):
-            _log.warning(
-                "%d connections are cut: what they were to be answered was not ready or not read in time", left
-            )
+            _log.warning("%d connections are cut: they were not answered in time, or did not read it in time", left)
         else:
             _log.info("%s were answered", "all who read" if self._cut > cut_before else "all")
         for connection in self._connections:
@@ -287,9 +285,9 @@ class Server(uvicorn.Server):
         """
         for turn in range(most or max(self._takes_at_once, len(self.server_state.connections) // _MORE_WITH)):
             if len(self.server_state.connections) + len(self._connecting) >= self._max_connections:
+                self._pause(FULL_PAUSE_S)
                 if turn == 0:  # somebody waits
                     self._make_room()
-                self._pause(FULL_PAUSE_S)
                 return
             try:
                 taken, _ = self._listening.accept()

@@ -24,7 +24,10 @@ LogFormat = Literal["auto", "text", "json"]
 
 SELDOM = ("opentelemetry", "asyncio")
 SELDOM_S = 60.0
-_NUMBER = re.compile(r"[\d.]+")
+MOST_REMEMBERED = 1000
+"""Messages; who comes with more says some of them more often."""
+
+_NUMBER = re.compile(r"0x[0-9a-f]+|[\d.]+")
 
 STANDARD_ERROR = 2
 MOST_WAITING = 10_000
@@ -80,10 +83,12 @@ class Seldom(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if not super().filter(record):
             return True
-        said, now_s = _NUMBER.sub("", record.getMessage()), time.monotonic()
-        self._next_s = {other: next_s for other, next_s in self._next_s.items() if now_s < next_s}
-        if said in self._next_s:
+        cause = record.exc_info[1] if record.exc_info else None
+        said, now_s = _NUMBER.sub("", f"{record.getMessage()} {cause!r}"), time.monotonic()
+        if now_s < self._next_s.get(said, 0.0):
             return False
+        if len(self._next_s) >= MOST_REMEMBERED:
+            self._next_s.clear()
         self._next_s[said] = now_s + SELDOM_S
         return True
 

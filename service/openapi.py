@@ -204,7 +204,7 @@ def _infer_description(live: Live) -> str:
         "Binary tensors follow the JSON in the order in which they stand in it; each has `binary_data_size` in its "
         "parameters in place of `data`, and the header `Inference-Header-Content-Length` is the length of the JSON. "
         "Outputs come so with `binary_data`.\n\n"
-        f"With `{v2.TIMEOUT_US}` in the request's parameters, in microseconds, it is 504 after that, and not computed."
+        f"With `{v2.TIMEOUT_US}` in the request's parameters, in microseconds, it is 504 if there is no answer by then."
     )
 
 

@@ -18,8 +18,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import os
 import stat
+import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -55,6 +57,9 @@ Marks = tuple[Mark, ...]
 
 DEEPEST = 32
 """Folders in one another inside a version: more than anybody lays."""
+
+HANGS_S = 30.0
+"""A look that takes longer hangs with the file system: a folder of thousands of models takes seconds."""
 
 _log = logging.getLogger(__name__)
 
@@ -227,12 +232,15 @@ class Watcher:
         self._kind = layout_at(path)
         self._every_s = every_s
         self._unreadable: Mapping[str, str] = {}
+        self._looks_since_s = math.inf
+        """On the clock of `time.monotonic`; infinite between two looks."""
         first = look(path, called=called, kind=self._kind) if every_s else Seen()
         self._misplaced = self._misplaced_and_told = first.misplaced
         self._watch = Watch(first)
 
     def reading(self) -> Reading:
-        return [("evalmode_unreadable_folders", (), len(self._unreadable))]
+        hangs = time.monotonic() - self._looks_since_s > HANGS_S
+        return [("evalmode_unreadable_folders", (), len(self._unreadable) + hangs)]
 
     async def run(self, load: Load) -> None:
         """Has `load` done whatever is new, until cancelled."""
@@ -246,7 +254,11 @@ class Watcher:
                 self._tell({"": first_line(error)})
 
     async def _look(self, load: Load) -> None:
-        seen = await aside(lambda: look(self._path, called=self._called, kind=self._kind))
+        self._looks_since_s = time.monotonic()
+        try:
+            seen = await aside(lambda: look(self._path, called=self._called, kind=self._kind))
+        finally:
+            self._looks_since_s = math.inf
         self._tell(seen.unreadable)
         if not seen.unreadable:
             self._tell_misplaced(seen.misplaced)

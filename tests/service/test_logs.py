@@ -108,6 +108,20 @@ def test_what_a_library_says_again_and_again_is_said_once_a_minute(monkeypatch: 
     assert [is_said(exporter, 0), is_said(exporter, 0)] == [True, False]
 
 
+def test_the_same_words_about_another_trouble_are_said() -> None:
+    """What came of something at another address is the same; another cause is not."""
+    seldom = Seldom("asyncio")
+
+    def is_said(address: int, cause: Exception) -> bool:
+        failed = (type(cause), cause, None)
+        return seldom.filter(
+            logging.LogRecord("asyncio", logging.ERROR, "base.py", 1, "Exception in f at %#x", (address,), failed)
+        )
+
+    assert [is_said(0xAF, KeyError("a")), is_said(0xBE2, KeyError("a"))] == [True, False]
+    assert [is_said(0xAF, KeyError("b")), is_said(0xAF, OSError("b"))] == [True, True]
+
+
 def test_a_destination_that_is_closed_costs_lines_and_nothing_else(pipe: tuple[int, int]) -> None:
     """Nobody reads any more; who logs does not notice, and the lines are counted."""
     writer = Writer(pipe[1])

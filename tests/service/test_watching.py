@@ -408,6 +408,10 @@ def test_a_file_system_that_hangs_keeps_nobody_waiting(tmp_path: Path, monkeypat
         monkeypatch.setattr(watching, "look", hanging)
         await house.until(hangs.is_set)
         await house.several_looks()
+        assert await house.metric("evalmode_unreadable_folders") == 0
+        monkeypatch.setattr(watching, "HANGS_S", 0.0)
+        assert await house.metric("evalmode_unreadable_folders") == 1
+        monkeypatch.setattr(watching, "HANGS_S", 30.0)
         released.set()
 
     watched(tmp_path, scenario)
