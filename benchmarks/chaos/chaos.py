@@ -29,8 +29,9 @@ WARM_UP = 500
 GROWTH_MB = 32.0
 """For each process, what an allocator may keep; a leak of 10 kB for each of 10,000 requests is three times that."""
 
-OWN_THREADS = 5
-"""Of a process: one for what is large, and one for each model, of which a soak has four."""
+OWN_THREADS = 8
+"""Of a process: one for what is large, one for each model, of which a soak has four, and those that come and go: of
+versions that were replaced, and whoever looks at the folder. One left behind at each of dozens of loads is seen."""
 
 POOL_THREADS = min(32, (os.cpu_count() or 1) + 4) + OWN_THREADS
 """For each process, that it may not have needed before: as many as asyncio's pool has, and its own."""
