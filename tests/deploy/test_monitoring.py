@@ -53,7 +53,7 @@ def test_the_prometheus_of_compose_loads_every_alert(tmp_path: Path) -> None:
     said = promtool("check", "config", configured_prometheus(tmp_path, key="any"))
     assert "SUCCESS: 1 rule files found" in said
     assert f"SUCCESS: {len(ALERTS)} rules found" in said
-    assert len(ALERTS) == 11
+    assert len(ALERTS) == 12
 
 
 def test_everything_that_watches_is_mounted() -> None:
