@@ -352,9 +352,7 @@ def test_what_is_not_read_is_known_over_tls_too(app: Application, certificate: C
         assert held(4)
         clients[0].close()
         until(lambda: held(3))
-        read = b""
-        while not read.endswith(tensor[-64:]):
-            read = read[-64:] + clients[1].recv(2**20)
+        read_to_the_end(clients[1], tensor)
         until(lambda: held(2))
     until(lambda: held(0))
 
@@ -421,9 +419,7 @@ def test_what_was_read_takes_no_room_while_the_goodbye_is_waited_for(
     content, tensor = request_of(LARGEST, "connection: close")
     with served(app, tls=Tls(certificate.certificate, certificate.key)) as at, encrypted(at, certificate) as silent:
         silent.sendall(content)
-        read = b""
-        while not read.endswith(tensor[-64:]):
-            read = read[-64:] + silent.recv(2**20)
+        read_to_the_end(silent, tensor)
         until(lambda: app.answers.held_bytes == 0)
         assert len(at.connections) == 1
         next(iter(at.connections)).cut()
@@ -458,6 +454,18 @@ def test_one_that_fails_keeps_no_other(
     assert caplog.text.count("what is looked after once a second failed") == 1
 
 
+def test_one_that_fails_keeps_the_process_neither_full_nor_busy(
+    app: Application, certificate: Certificate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When all places are taken, who has one is looked at ten times a second until somebody goes."""
+    tls = Tls(certificate.certificate, certificate.key)
+    with served(app, tls=tls, max_connections=1) as at, encrypted(at, certificate):
+        until(lambda: len(at.connections) == 1)
+        monkeypatch.setattr(next(iter(at.connections)), "_unread", None)
+        assert answers(at, certificate)
+    assert 0 < caplog.text.count("Exception in callback") < 20
+
+
 def test_who_comes_to_agree_only_at_the_end_is_told_of_it(
     app: Application, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,15 +480,14 @@ def test_who_comes_to_agree_only_at_the_end_is_told_of_it(
     ):
         content, tensor = request_of(LARGEST)
         keeps_it.sendall(content)
-        read = keeps_it.recv(1)
+        keeps_it.recv(1)
         (first,) = at.connections
         at.end()
         until(lambda: first._hurries)
         with certificate.trusting().wrap_socket(late, server_hostname=at.host):
             until(lambda: len(at.connections) == 2)
             until(lambda: [*at.connections] == [first])
-        while not read.endswith(tensor[-64:]):
-            read = read[-64:] + keeps_it.recv(2**20)
+        read_to_the_end(keeps_it, tensor)
 
 
 def reads_little(at: At, certificate: Certificate) -> ssl.SSLSocket:
@@ -488,6 +495,13 @@ def reads_little(at: At, certificate: Certificate) -> ssl.SSLSocket:
     slow = socket.create_connection((at.host, at.port), timeout=LIMIT_S)
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
     return certificate.trusting().wrap_socket(slow, server_hostname=at.host)
+
+
+def read_to_the_end(client: ssl.SSLSocket, tensor: bytes) -> None:
+    """Of the answer that has this tensor."""
+    read = b""
+    while not read.endswith(tensor[-64:]):
+        read = read[-64:] + client.recv(2**20)
 
 
 def until(true: Callable[[], bool]) -> None:
